@@ -1,0 +1,5 @@
+"""Layers: drop-in for `torch.nn`'s, with the same arguments, parameters and state-dict keys."""
+
+from batchlab.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]

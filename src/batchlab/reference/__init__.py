@@ -1,0 +1,5 @@
+"""What is computed: each mechanism in plain PyTorch, formula first, differentiable to any order."""
+
+from batchlab.reference import batch_norm
+
+__all__ = ["batch_norm"]
