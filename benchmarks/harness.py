@@ -1,0 +1,80 @@
+"""Interleaved A/B timing: candidates take turns, so that a machine that drifts drifts for all of them."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from batchlab.lab.records import describe_environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians of one candidate.
+
+    Args:
+        seconds: median time of one call.
+        ratio: median over rounds of its time divided by the first candidate's in the same round.
+        low: first quartile of these ratios.
+        high: third quartile.
+    """
+
+    seconds: float
+    ratio: float
+    low: float
+    high: float
+
+
+def interleave(candidates: Mapping[str, Callable[[], Any]], rounds: int, title: str) -> dict[str, Timing]:
+    """Time the candidates in turn, `rounds` times each after one warm-up; ratios are to the first candidate."""
+    for work in candidates.values():
+        work()
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for index in track(range(rounds), description=title, transient=True):
+        names = list(candidates)
+        # Who goes first changes from round to round: the first may find colder caches.
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            started = time.perf_counter()
+            candidates[name]()
+            times[name].append(time.perf_counter() - started)
+    first = next(iter(times.values()))
+    found = {}
+    for name, values in times.items():
+        ratios = [a / b for a, b in zip(values, first, strict=True)]
+        low, middle, high = quantiles(ratios, n=4)
+        found[name] = Timing(median(values), middle, low, high)
+    return found
+
+
+def report(benchmark: str, case: str, timings: Mapping[str, Timing], rounds: int, per_call: int = 1) -> None:
+    """Print a table and append the result, with machine and versions, to benchmarks/results/<benchmark>.jsonl."""
+    base = next(iter(timings))
+    table = Table(title=f"{benchmark}: {case}")
+    for column in ("", "median", f"times {base}", "quartiles"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, timing in timings.items():
+        microseconds = 1e6 * timing.seconds / per_call
+        table.add_row(name, f"{microseconds:,.0f} µs", f"{timing.ratio:.3f}", f"{timing.low:.3f} to {timing.high:.3f}")
+    Console().print(table)
+    line = {
+        "benchmark": benchmark,
+        "case": case,
+        "rounds": rounds,
+        "threads": torch.get_num_threads(),
+        "environment": describe_environment(),
+        "microseconds": {name: round(1e6 * t.seconds / per_call, 2) for name, t in timings.items()},
+        "ratio": {name: [round(t.ratio, 4), round(t.low, 4), round(t.high, 4)] for name, t in timings.items()},
+    }
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{benchmark}.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line) + "\n")

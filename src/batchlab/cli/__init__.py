@@ -1,0 +1,33 @@
+"""The command line: `batchlab studies`, `batchlab study NAME`, `batchlab report DIR`; one thin module per command."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from batchlab.cli.arguments import parse
+from batchlab.lab.files import FolderInUseError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong arguments, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    errors = Console(stderr=True, highlight=False)
+    try:
+        code: int = parse(words).execute(Console(), errors)
+        return code
+    except KeyboardInterrupt:
+        errors.print("\nStopped. Everything done so far is kept; the same command goes on from there:")
+        errors.print(f"  {shlex.join(['batchlab', *words])}", style="bold", soft_wrap=True, markup=False)
+        return 130
+    except (ValueError, FileNotFoundError) as error:
+        errors.print(f"batchlab: {error}", soft_wrap=True, markup=False)
+        return 2
+    except FolderInUseError as error:
+        errors.print(f"batchlab: {error}", soft_wrap=True, markup=False)
+        return 1

@@ -1,0 +1,60 @@
+"""Words of the command line to a command; a mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, Final
+
+import tyro
+
+from batchlab.cli.report import Report
+from batchlab.cli.studies import Studies
+from batchlab.cli.study import StudyCommand
+
+__all__ = ["parse"]
+
+Command = (
+    Annotated[Studies, tyro.conf.subcommand("studies")]
+    | Annotated[StudyCommand, tyro.conf.subcommand("study")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+)
+
+_BOX: Final = "╭╮╰╯─│"
+
+
+def _one_line(message: str) -> str:
+    """The title and first paragraph of tyro's box."""
+    lines = [line.strip() for line in message.splitlines()]
+    title = lines[0].strip(f"{_BOX} ") if lines else "wrong arguments"
+    body: list[str] = []
+    for line in lines[1:]:
+        inner = line.strip("│ ")
+        if inner and not inner.strip(_BOX):
+            break
+        body.append(inner)
+    text = " ".join(part for part in body if part)
+    return text if text.lower().startswith(title.lower()) else f"{title}: {text}"
+
+
+def parse(words: Sequence[str]) -> Any:
+    """Return the command that `words` ask for, ready to be executed; exits with 2 if they make no sense."""
+    complaint = io.StringIO()
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                Command,
+                prog="batchlab",
+                args=list(words),
+                config=config,
+                description="The papers' experiments in one command each. Start with: batchlab study bn-mnist --quick",
+            )
+    except SystemExit as end:
+        if end.code:
+            known = next((word for word in words if word in ("studies", "study", "report")), "")
+            help_command = " ".join(["batchlab", known, "--help"]).replace("  ", " ")
+            print(f"batchlab: {_one_line(complaint.getvalue())} (see {help_command})", file=sys.stderr)
+        raise

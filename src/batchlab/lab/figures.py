@@ -1,0 +1,191 @@
+"""Figures as SVG text that takes its colours from the page around it, so one picture serves light, dark and print."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+from batchlab.lab.comparison import Curve
+
+__all__ = ["COLORS", "accuracy_curves", "percentile_bands", "rate_search"]
+
+COLORS: Final = ("#e8710a", "#2f7de1", "#12a37a", "#b052c9")
+# Stand-ins that no figure uses otherwise; `_to_svg` turns them into the page's own colours.
+_INK, _GRID = "#010203", "#040506"
+_STYLE: Final[dict[Any, Any]] = {
+    "svg.fonttype": "none",  # text stays text: it scales, wraps in print and can be searched
+    "font.size": 9,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.grid": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+
+
+@contextmanager
+def _figure(name: str, rows: int = 1, height: float = 3.1) -> Iterator[tuple[Figure, list[Axes]]]:
+    # The salt makes the ids of a figure's parts the same in every run, and different between figures of a page.
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(4.8, height), layout="constrained")
+        axes = figure.subplots(rows, 1, sharex=True, squeeze=False)
+        yield figure, list(axes[:, 0])
+
+
+def _to_svg(figure: Figure, description: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 role="img"', svg, count=1)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"font: (\S+ )?([\d.]+px) [^;\"]*", r"font: \1\2 system-ui, sans-serif", svg)
+    svg = svg.replace(_INK, "currentColor").replace(_GRID, "var(--grid, #8886)")
+    start = svg.index(">") + 1
+    text = description.replace("&", "&amp;").replace("<", "&lt;")
+    return f"{svg[:start]}<title>{text}</title>{svg[start:]}"
+
+
+def _thousands(value: float, _: object) -> str:
+    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
+
+
+def _band(axes: Axes, steps: Sequence[int], low: Sequence[float], high: Sequence[float], color: str) -> None:
+    if not any(math.isnan(value) for value in low):
+        axes.fill_between(steps, low, high, color=color, alpha=0.22, linewidth=0)
+
+
+def _legend_above(axes: Axes) -> None:
+    # Outside, so that it never covers a curve, whatever the curves do.
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, handlelength=1.4)
+
+
+def _log_steps(axes: Axes, first: int, last: int) -> None:
+    axes.set_xscale("log")
+    axes.set_xlim(first, last)
+    axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+    axes.set_xlabel("training steps (each ten times the last)")
+
+
+def accuracy_curves(
+    name: str,
+    curves: Mapping[str, Curve],
+    *,
+    gap: tuple[float, float, float, str] | None = None,
+    floor: float = 0.5,
+    description: str,
+) -> str:
+    """Test accuracy against training steps, a line with its interval for each arm.
+
+    Args:
+        name: of the figure.
+        curves: label -> curve, at most four.
+        gap: (accuracy, steps of the faster, steps of the slower, text): drawn as a horizontal measure between the arms.
+        floor: lowest accuracy shown.
+        description: for readers who do not see the picture.
+    """
+    with _figure(name) as (figure, (axes,)):
+        for (label, curve), color in zip(curves.items(), COLORS, strict=False):
+            axes.plot(curve.steps, curve.mean, color=color, label=label)
+            _band(axes, curve.steps, curve.low, curve.high, color)
+        last = max(curve.steps[-1] for curve in curves.values())
+        _log_steps(axes, 10, last)
+        axes.set_ylim(floor, 1.0)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_ylabel("test accuracy")
+        if gap is not None:
+            accuracy, faster, slower, text = gap
+            axes.annotate(
+                "", (faster, accuracy), (slower, accuracy), arrowprops={"arrowstyle": "<->", "color": _INK, "lw": 1.2}
+            )
+            axes.annotate(
+                text,
+                (math.sqrt(faster * slower), accuracy),
+                (0, -14),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8.5,
+            )
+        _legend_above(axes)
+        return _to_svg(figure, description)
+
+
+def percentile_bands(
+    name: str, arms: Mapping[str, tuple[Sequence[int], Sequence[Sequence[float]]]], *, description: str
+) -> str:
+    """The 15th, 50th and 85th percentile of one unit's input over time, a panel for each arm.
+
+    Args:
+        name: of the figure.
+        arms: label -> (steps, for each the three percentiles).
+        description: for readers who do not see the picture.
+    """
+    with _figure(name, rows=len(arms), height=1.9 * len(arms) + 0.5) as (figure, panels):
+        for axes, (label, (steps, values)), color in zip(panels, arms.items(), COLORS, strict=False):
+            low, middle, high = zip(*values, strict=True)
+            axes.fill_between(steps, low, high, color=color, alpha=0.25, linewidth=0)
+            axes.plot(steps, middle, color=color)
+            axes.plot(steps, low, color=color, linewidth=0.8)
+            axes.plot(steps, high, color=color, linewidth=0.8)
+            axes.set_title(label, fontsize=9, loc="left")
+            axes.set_ylabel("input to the sigmoid")
+            _log_steps(axes, 10, steps[-1])
+        for axes in panels[:-1]:
+            axes.set_xlabel("")
+        return _to_svg(figure, description)
+
+
+def rate_search(
+    name: str,
+    arms: Mapping[str, Mapping[float, Sequence[float]]],
+    chosen: Mapping[str, float],
+    *,
+    floor: float | None = None,
+    description: str,
+) -> str:
+    """Validation accuracy against the learning rate: each run a dot, the mean a line, the chosen rate a ring.
+
+    Args:
+        name: of the figure.
+        arms: label -> rate -> a score for each seed.
+        chosen: label -> rate.
+        floor: lowest accuracy shown; runs below it are drawn on the lower edge.
+        description: for readers who do not see the picture.
+    """
+    with _figure(name) as (figure, (axes,)):
+        scores = [score for rates in arms.values() for values in rates.values() for score in values]
+        floor = max(0.0, min(scores) - 0.02) if floor is None else floor
+        for (label, rates), color in zip(arms.items(), COLORS, strict=False):
+            shown: dict[float, list[float]] = {rate: [max(v, floor) for v in values] for rate, values in rates.items()}
+            means = {rate: sum(values) / len(values) for rate, values in shown.items()}
+            axes.plot(list(means), list(means.values()), color=color, label=label, linewidth=1.2)
+            for rate, values in shown.items():
+                marks: Any = [rate] * len(values)
+                axes.plot(marks, values, "o", color=color, markersize=4, clip_on=False)
+            best = chosen[label]
+            axes.plot([best], [means[best]], "o", markersize=12, markerfacecolor="none", markeredgecolor=color)
+        axes.set_xscale("log")
+        axes.set_ylim(floor, None)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if max(scores) - floor > 0.1 else 1))
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel("validation accuracy")
+        _legend_above(axes)
+        return _to_svg(figure, description)

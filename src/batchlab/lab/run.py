@@ -1,0 +1,278 @@
+"""One run: train, evaluate and record, so that it can be killed at any moment and ends the same to the last bit."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import signal
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from batchlab.lab.data import Dataset, hold_out, load_dataset
+from batchlab.lab.files import locked, read_json, write_bytes, write_json, write_text
+from batchlab.lab.networks import MLP
+from batchlab.lab.records import describe_run
+from batchlab.lab.settings import RunSettings
+from batchlab.lab.training import (
+    activation_percentiles,
+    batch_order,
+    evaluate,
+    evaluation_steps,
+    prepare_images,
+    sgd,
+    train,
+)
+from batchlab.surgery import fold, recalibrate
+
+__all__ = ["RunInput", "build_network", "execute", "load_inputs", "run"]
+
+PROBE_IMAGES = 1200  # 20 batches of 60 for each set of percentiles
+
+
+@dataclass(frozen=True)
+class RunInput:
+    """What a run trains and is evaluated on: prepared images (N, H, W) float32 and labels (N,) int64."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    held_out_images: Tensor
+    held_out_labels: Tensor
+
+
+def load_inputs(settings: RunSettings, dataset: Dataset) -> RunInput:
+    """The images of a run: all training and test images, or, with `validation`, a split of the training images.
+
+    The split is the same for every run (seed 0), so that arms and rates are compared on the same images.
+    """
+    parts = (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels)
+    if settings.data.validation:
+        parts = hold_out(dataset.train_images, dataset.train_labels, settings.data.validation, seed=0)
+    binarize = settings.data.binarize
+    return RunInput(prepare_images(parts[0], binarize), parts[1], prepare_images(parts[2], binarize), parts[3])
+
+
+def build_network(settings: RunSettings, dataset: Dataset) -> MLP:
+    """The untrained network of a run; its weights depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return MLP(dataset.train_images[0].numel(), len(dataset.class_names), settings.network)
+
+
+@dataclass
+class _State:
+    """All that changes during a run; what a checkpoint holds."""
+
+    step: int = 0
+    seconds: float = 0.0
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _save_checkpoint(path: Path, state: _State, network: MLP, optimizer: torch.optim.Optimizer, run: str) -> None:
+    buffer = io.BytesIO()
+    content = {
+        "run": run,
+        "step": state.step,
+        "seconds": state.seconds,
+        "metrics": json.dumps(state.metrics),
+        "network": network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+    }
+    torch.save(content, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def _load_checkpoint(path: Path, network: MLP, optimizer: torch.optim.Optimizer, run: str) -> _State:
+    """Bring network, optimizer and random numbers to where the checkpoint is; a fresh state if it is of no use."""
+    try:
+        content = torch.load(path, weights_only=True)
+        # Another version of torch, of the data or of batchlab would not end the same: such a run starts again.
+        if content["run"] != run:
+            return _State()
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+        return _State()
+    network.load_state_dict(content["network"])
+    optimizer.load_state_dict(content["optimizer"])
+    torch.set_rng_state(content["random"])
+    return _State(content["step"], content["seconds"], json.loads(content["metrics"]))
+
+
+def _measure(
+    settings: RunSettings, network: MLP, inputs: RunInput, step: int, train_loss: float | None
+) -> dict[str, Any]:
+    loss, accuracy = evaluate(network, inputs.held_out_images, inputs.held_out_labels)
+    line: dict[str, Any] = {"step": step, "train_loss": train_loss, "loss": loss, "accuracy": accuracy}
+    if settings.probe_units:
+        probe = inputs.held_out_images[: PROBE_IMAGES - PROBE_IMAGES % settings.batch_size]
+        line["percentiles"] = activation_percentiles(network, probe, settings.batch_size, settings.probe_units)
+    return line
+
+
+def _inference_accuracies(settings: RunSettings, network: MLP, inputs: RunInput) -> dict[str, float]:
+    """What the same weights score with running averages, with recalibrated statistics (Algorithm 2), and folded."""
+    images, labels = inputs.held_out_images, inputs.held_out_labels
+    scores = {"running_average": evaluate(network, images, labels)[1]}
+    if not network.statistics_layers():
+        return scores
+    usable = len(inputs.train_images) // settings.batch_size * settings.batch_size
+    recalibrate(network, inputs.train_images[:usable].split(settings.batch_size))
+    scores["recalibrated"] = evaluate(network, images, labels)[1]
+    folded, report = fold(network, images[: settings.batch_size])
+    if report.refused:
+        raise RuntimeError(f"the study's own network could not be folded:\n{report}")
+    scores["folded"] = evaluate(folded, images, labels)[1]
+    with torch.no_grad():
+        network.eval()
+        scores["folded_difference"] = float((folded(images) - network(images)).abs().max())
+    return scores
+
+
+def _weights(network: MLP) -> bytes:
+    return save_safetensors({name: value.contiguous() for name, value in network.state_dict().items()})
+
+
+def _lines(metrics: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line, allow_nan=False) + "\n" for line in metrics)
+
+
+def run(
+    settings: RunSettings,
+    dataset: Dataset,
+    folder: Path,
+    on_evaluation: Callable[[int], None] | None = None,
+    checkpoint_seconds: float = 5.0,
+) -> None:
+    """Train as the settings say and leave a run record in `folder`; go on where an earlier, interrupted call stopped.
+
+    A finished folder is left as it is. Killed at any moment and called again, the run ends with the same metrics and
+    weights, bit for bit, as one that was never interrupted (same versions, same processor, one thread).
+
+    Args:
+        settings: of the run.
+        dataset: the one the settings name.
+        folder: made if missing.
+        on_evaluation: called with the number of steps done after each evaluation.
+        checkpoint_seconds: at least this long between two checkpoints, which are made after evaluations.
+
+    Raises:
+        ValueError: the folder holds a run with other settings or other data.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, "run", patience=60):
+        _run_locked(settings, dataset, folder, on_evaluation, checkpoint_seconds)
+
+
+def _run_locked(
+    settings: RunSettings,
+    dataset: Dataset,
+    folder: Path,
+    on_evaluation: Callable[[int], None] | None,
+    checkpoint_seconds: float,
+) -> None:
+    record = describe_run(settings, dataset)
+    description = json.dumps(record, sort_keys=True)
+    if (folder / "run.json").is_file():
+        earlier = read_json(folder / "run.json")
+        for part in ("settings", "data"):
+            if earlier.get(part) != record[part]:
+                raise ValueError(
+                    f"{folder} holds a run with other {part} ({earlier.get(part)}, not {record[part]}): choose another "
+                    "folder, or delete that one"
+                )
+    if (folder / "result.json").is_file():
+        return
+
+    inputs = load_inputs(settings, dataset)
+    network = build_network(settings, dataset)
+    optimizer = sgd(network, settings.optimizer)
+    state = _load_checkpoint(folder / "checkpoint.pt", network, optimizer, description)
+    write_json(folder / "run.json", record)
+    write_text(folder / "metrics.jsonl", _lines(state.metrics))
+    status, saved_at = "finished", time.perf_counter()
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        for goal in evaluation_steps(settings.steps, settings.spacing):
+            if goal < state.step or (state.metrics and goal == state.step):
+                continue
+            order = batch_order(len(inputs.train_labels), settings.batch_size, settings.seed, state.step, goal)
+            started = time.perf_counter()
+            train_loss = train(
+                network,
+                optimizer,
+                settings.optimizer,
+                inputs.train_images,
+                inputs.train_labels,
+                order,
+                state.step,
+                settings.steps,
+            )
+            state.seconds += time.perf_counter() - started
+            state.step = goal
+            if not math.isfinite(train_loss):
+                status = "diverged"
+                break
+            state.metrics.append(_measure(settings, network, inputs, goal, train_loss if goal else None))
+            stream.write(_lines(state.metrics[-1:]))
+            stream.flush()
+            if on_evaluation is not None:
+                on_evaluation(goal)
+            if time.perf_counter() - saved_at > checkpoint_seconds:
+                _save_checkpoint(folder / "checkpoint.pt", state, network, optimizer, description)
+                saved_at = time.perf_counter()
+    _finish(settings, network, inputs, folder, state, status)
+
+
+def _finish(settings: RunSettings, network: MLP, inputs: RunInput, folder: Path, state: _State, status: str) -> None:
+    """Write what remains; result.json last, because its presence says that the rest is there."""
+    weights = _weights(network)
+    result: dict[str, Any] = {"status": status, "steps": state.step, "evaluations": len(state.metrics)}
+    if status == "finished":
+        result["accuracy"] = state.metrics[-1]["accuracy"]
+        result["inference"] = _inference_accuracies(settings, network, inputs)
+    result["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+    write_text(folder / "metrics.jsonl", _lines(state.metrics))
+    write_bytes(folder / "weights.safetensors", weights)
+    write_json(folder / "timing.json", {"training_seconds": round(state.seconds, 3)})
+    write_json(folder / "result.json", result)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def execute(
+    settings: RunSettings, folder: Path, data_folder: Path | None, checksum: str, in_worker: bool = False
+) -> None:
+    """Do one run of a plan, as a worker process does it: with its own copy of the data and one thread.
+
+    Args:
+        settings: of the run.
+        folder: where its record goes.
+        data_folder: what the caller passed to `load_dataset`.
+        checksum: of the data that the caller loaded; the worker must find the same.
+        in_worker: in a process of its own: Ctrl-C is the parent's to handle, and without a parent it stops.
+    """
+    parent = os.getppid()
+    if in_worker:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch(_: int) -> None:
+        if in_worker and os.getppid() != parent:
+            os._exit(1)  # the study was killed; its rerun continues from the checkpoint
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        dataset = load_dataset(settings.data.dataset, data_folder, download=False)
+        if dataset.checksum != checksum:
+            raise ValueError("the data changed while the study was running: start it again")
+        run(settings, dataset, folder, watch)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,10 @@
+"""The studies, by name."""
+
+from typing import Final
+
+from batchlab.lab.studies.bn_mnist import STUDY as BN_MNIST
+from batchlab.lab.study import Study
+
+__all__ = ["STUDIES"]
+
+STUDIES: Final[dict[str, Study]] = {study.name: study for study in (BN_MNIST,)}

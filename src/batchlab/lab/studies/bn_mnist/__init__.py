@@ -1,0 +1,127 @@
+"""The paper's MNIST experiment: does batch normalization train faster? (Ioffe & Szegedy 2015, section 4.1)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.table import Table
+
+from batchlab.lab.execution import run_all
+from batchlab.lab.files import read_json, write_json, write_text
+from batchlab.lab.records import RunRecord, read_record
+from batchlab.lab.report import write_page
+from batchlab.lab.settings import RunSettings
+from batchlab.lab.studies.bn_mnist.mistakes import MISTAKES_FILE, save_mistakes
+from batchlab.lab.studies.bn_mnist.page import answer, build_page, figures, steps_table
+from batchlab.lab.studies.bn_mnist.plan import choose_rates, final_plan, search_plan
+from batchlab.lab.studies.bn_mnist.settings import SIZES, BnMnistSettings
+from batchlab.lab.studies.bn_mnist.summary import Summary, summarize, to_json
+from batchlab.lab.study import Study, Workplace, open_folder, read_study
+
+__all__ = ["STUDY"]
+
+NAME: Final = "bn-mnist"
+
+
+def _plans(folder: Path, settings: BnMnistSettings, training_images: int) -> dict[str, RunRecord]:
+    """Records of all runs of a finished study."""
+    search = {name: read_record(folder / name) for name in search_plan(settings, training_images)}
+    chosen, _ = choose_rates(settings, search)
+    return search | {name: read_record(folder / name) for name in final_plan(settings, chosen)}
+
+
+def _command(settings: BnMnistSettings) -> str:
+    size = next((name for name, other in SIZES.items() if _like(settings, other) == settings), None)
+    if size is None:
+        return "batchlab study bn-mnist --settings SETTINGS.toml   # the settings are in study.json"
+    parts = ["batchlab study bn-mnist", "" if size == "full" else f"--size {size}"]
+    parts += [f"--seeds {settings.seeds}" if settings.seeds != SIZES[size].seeds else ""]
+    parts += [f"--dataset {settings.dataset}" if settings.dataset != "mnist" else ""]
+    return " ".join(part for part in parts if part)
+
+
+def _like(settings: BnMnistSettings, size: BnMnistSettings) -> BnMnistSettings:
+    """`size` with the options that the command line can change."""
+    return with_options(size, settings.dataset, settings.seeds)
+
+
+def with_options(size: BnMnistSettings, dataset: str, seeds: int) -> BnMnistSettings:
+    """A size with another data set or number of seeds."""
+    return replace(size, dataset=dataset, seeds=seeds, targets=())
+
+
+def _print_summary(settings: BnMnistSettings, summary: Summary, page: Path, console: Console) -> None:
+    own = summary.comparisons["own"]
+    content = steps_table(own, "")
+    table = Table(title="Steps to a test accuracy, each arm at its own best rate")
+    for index, name in enumerate(content.header):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in content.rows:
+        table.add_row(*row)
+    console.print()
+    console.print(table)
+    for sentence in answer(settings, own):
+        console.print(sentence, highlight=False)
+    console.print()
+    console.print("The report, with all figures:", highlight=False)
+    console.print(f"  {page.resolve()}", style="bold", highlight=False, soft_wrap=True)
+
+
+def run(settings: BnMnistSettings, workplace: Workplace) -> Path:
+    """Search the rates, run the comparison, write the report; returns the report's path."""
+    folder, dataset, console = workplace.folder, workplace.dataset, workplace.console
+
+    def complete(plan: dict[str, RunSettings], title: str) -> dict[str, RunRecord]:
+        run_all(
+            {folder / name: run for name, run in plan.items()},
+            title,
+            checksum=dataset.checksum,
+            data_folder=workplace.data_folder,
+            jobs=workplace.jobs,
+            console=console,
+        )
+        return {name: read_record(folder / name) for name in plan}
+
+    with open_folder(folder, STUDY, settings, dataset):
+        search = complete(search_plan(settings, len(dataset.train_images)), "1/2 choosing learning rates")
+        chosen, scores = choose_rates(settings, search)
+        records = search | complete(final_plan(settings, chosen), "2/2 training             ")
+        summary = summarize(settings, records, chosen, scores)
+        save_mistakes(folder, summary.best_run, records[summary.best_run], dataset)
+        return report(folder, console)
+
+
+def report(folder: Path, console: Console) -> Path:
+    """Write summary.json, the figures and report.html from the records in `folder`.
+
+    Raises:
+        ValueError: the study in the folder is not finished, or a record is damaged.
+    """
+    settings, data = read_study(folder, BnMnistSettings)
+    training_images = int(data["training_images"])
+    records = _plans(folder, settings, training_images)
+    chosen, scores = choose_rates(settings, records)
+    summary = summarize(settings, records, chosen, scores)
+    if not (folder / MISTAKES_FILE).is_file():
+        raise ValueError(f"{folder / MISTAKES_FILE} is missing: run the study again to finish it")
+    page = build_page(settings, data, records, summary, read_json(folder / MISTAKES_FILE), _command(settings))
+    write_json(folder / "summary.json", to_json(summary))
+    (folder / "figures").mkdir(exist_ok=True)
+    for name, svg in figures(settings, records, summary).items():
+        write_text(folder / "figures" / f"{name}.svg", svg)
+    write_page(page, folder / "report.html")
+    _print_summary(settings, summary, folder / "report.html", console)
+    return folder / "report.html"
+
+
+STUDY: Final = Study(
+    name=NAME,
+    question="Does batch normalization train faster? The paper's MNIST network, with and without, each at its best.",
+    settings=BnMnistSettings,
+    sizes=SIZES,
+    run=run,
+    report=report,
+)

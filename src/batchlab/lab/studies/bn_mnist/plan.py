@@ -1,0 +1,79 @@
+"""Which runs the study bn-mnist needs: a search for each arm's learning rate, then the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from batchlab.lab.comparison import final_score
+from batchlab.lab.records import RunRecord
+from batchlab.lab.settings import DataSettings, NetworkSettings, OptimizerSettings, RunSettings
+from batchlab.lab.studies.bn_mnist.settings import Arm, BnMnistSettings
+
+__all__ = ["SEARCH_SEED", "choose_rates", "final_plan", "run_name", "search_plan"]
+
+SEARCH_SEED = 1000  # the search's seeds start here, so that no final run was chosen by its own luck
+
+
+def run_name(stage: str, arm: str, rate: float, seed: int) -> str:
+    """The folder of a run, under the study's."""
+    return f"runs/{stage}/{arm}-rate{rate:g}-seed{seed}"
+
+
+def _run(settings: BnMnistSettings, arm: Arm, rate: float, seed: int, steps: int, validation: int) -> RunSettings:
+    well_scaled = settings.well_scaled_std if arm.well_scaled else None
+    std = settings.weight_std if well_scaled is None else well_scaled
+    return RunSettings(
+        data=DataSettings(settings.dataset, binarize=True, validation=validation),
+        network=NetworkSettings(settings.widths, "sigmoid", arm.normalization, std),
+        optimizer=OptimizerSettings(rate, settings.momentum),
+        steps=steps,
+        batch_size=settings.batch_size,
+        seed=seed,
+        spacing=settings.spacing,
+        probe_units=0 if validation else min(5, settings.widths[-1]),
+    )
+
+
+def search_plan(settings: BnMnistSettings, training_images: int) -> dict[str, RunSettings]:
+    """Every arm at every rate, evaluated on a validation split of the training images; never on test images."""
+    validation = round(training_images * settings.held_out_share)
+    return {
+        run_name("search", name, rate, seed): _run(settings, arm, rate, seed, settings.search_steps, validation)
+        for rate in settings.rates
+        for seed in range(SEARCH_SEED, SEARCH_SEED + settings.search_seeds)
+        for name, arm in settings.arms.items()
+    }
+
+
+def choose_rates(
+    settings: BnMnistSettings, records: Mapping[str, RunRecord]
+) -> tuple[dict[str, float], dict[str, dict[float, list[float]]]]:
+    """Each arm's best rate, and all scores: the mean validation accuracy over the last fifth of the steps.
+
+    A run that diverged scores 0; of equal rates the smaller wins.
+    """
+    seeds = range(SEARCH_SEED, SEARCH_SEED + settings.search_seeds)
+    scores = {
+        name: {
+            rate: [final_score(records[run_name("search", name, rate, seed)]) for seed in seeds]
+            for rate in sorted(settings.rates)
+        }
+        for name in settings.arms
+    }
+
+    def best(rates: Mapping[float, Sequence[float]]) -> float:
+        return max(rates, key=lambda rate: (sum(rates[rate]), -rate))
+
+    return {name: best(rates) for name, rates in scores.items()}, scores
+
+
+def final_plan(settings: BnMnistSettings, chosen: Mapping[str, float]) -> dict[str, RunSettings]:
+    """Every arm at its own best rate, and batch norm at the baseline's best rate; evaluated on the test images."""
+    pairs = [(name, rate) for name, rate in chosen.items()]
+    if chosen["batch_norm"] != chosen["none"]:
+        pairs.append(("batch_norm", chosen["none"]))
+    return {
+        run_name("final", name, rate, seed): _run(settings, settings.arms[name], rate, seed, settings.steps, 0)
+        for seed in range(settings.seeds)
+        for name, rate in pairs
+    }

@@ -1,0 +1,114 @@
+"""What a study is, and the folder it works in: one at a time, resumable, never mixed with another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from batchlab.lab.data import Dataset
+from batchlab.lab.files import locked, read_json, write_json
+from batchlab.lab.settings import from_dict, to_dict
+
+__all__ = ["Study", "Workplace", "open_folder", "read_study"]
+
+STUDY_FILE = "study.json"
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where and how a study runs.
+
+    Args:
+        folder: of the study's records and report.
+        dataset: loaded and verified.
+        data_folder: where the user said it is; None: searched for.
+        jobs: parallel processes; None: as many as cores.
+        console: for progress and tables.
+    """
+
+    folder: Path
+    dataset: Dataset
+    data_folder: Path | None
+    jobs: int | None
+    console: Console
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question, and the functions that answer it.
+
+    Args:
+        name: on the command line.
+        question: one line.
+        settings: the dataclass of its settings.
+        sizes: named settings: "full", "demo" and "quick" at least.
+        run: does the runs that are missing and writes the report into the workplace's folder.
+        report: writes the report again from the records in a folder; returns its path.
+    """
+
+    name: str
+    question: str
+    settings: type[Any]
+    sizes: Mapping[str, Any]
+    run: Callable[[Any, Workplace], Path]
+    report: Callable[[Path, Console], Path]
+
+
+@contextmanager
+def open_folder(folder: Path, study: Study, settings: Any, dataset: Dataset) -> Iterator[None]:
+    """Make or reopen a study's folder, and keep other processes out of it while the body works.
+
+    Raises:
+        ValueError: the folder holds another study, other settings or other data, or other files.
+        FolderInUseError: another process works in it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: choose a folder with --out")
+    present = {entry.name for entry in folder.iterdir()} - {"study.lock"} if folder.is_dir() else set()
+    if present and STUDY_FILE not in present:
+        raise ValueError(f"{folder} is not empty and holds no study: choose a new folder with --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "study": study.name,
+        "settings": to_dict(settings),
+        "data": {
+            "name": dataset.name,
+            "source": dataset.source,
+            "description": dataset.description,
+            "checksum": dataset.checksum,
+            "training_images": len(dataset.train_images),
+        },
+    }
+    with locked(folder, "study"):
+        path = folder / STUDY_FILE
+        if path.is_file():
+            _refuse_mixture(folder, read_json(path), content)
+        else:
+            write_json(path, content)
+        yield
+
+
+def _refuse_mixture(folder: Path, earlier: Any, now: dict[str, Any]) -> None:
+    differences = []
+    for part in ("study", "data", "settings"):
+        old, new = earlier.get(part), now[part]
+        if isinstance(old, dict) and isinstance(new, dict):
+            differences += [f"{part}.{k}: {old.get(k)!r}, not {v!r}" for k, v in new.items() if old.get(k) != v]
+        elif old != new:
+            differences.append(f"{part}: {old!r}, not {new!r}")
+    if differences:
+        raise ValueError(
+            f"{folder} holds a study with other settings ({'; '.join(differences)}): repeat the command it was started "
+            "with to finish it, or choose another folder with --out"
+        )
+
+
+def read_study(folder: Path, kind: type[Any]) -> tuple[Any, dict[str, Any]]:
+    """The settings of the study in `folder`, and what study.json says of its data."""
+    content = read_json(folder / STUDY_FILE)
+    return from_dict(content["settings"], kind), content["data"]

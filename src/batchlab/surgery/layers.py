@@ -1,0 +1,60 @@
+"""Which layers surgery knows: the linear ones that a normalization can follow or join, and the normalizations."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from batchlab.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+__all__ = ["LAYERS", "NORMS", "LayerKind", "Norm", "exact_kind", "is_linear_or_conv", "kind_of", "own_type"]
+
+Norm = _BatchNorm  # what torch's, SyncBatchNorm's and batchlab's layers have in common
+"""Every batch normalization layer."""
+
+
+class LayerKind(NamedTuple):
+    """How a linear layer uses its weight: number of spatial dimensions (0: linear), and whether it is transposed."""
+
+    spatial: int
+    transposed: bool
+
+
+LAYERS: Final[dict[type[nn.Module], LayerKind]] = {
+    nn.Linear: LayerKind(0, False),
+    nn.Conv1d: LayerKind(1, False),
+    nn.Conv2d: LayerKind(2, False),
+    nn.Conv3d: LayerKind(3, False),
+    nn.ConvTranspose1d: LayerKind(1, True),
+    nn.ConvTranspose2d: LayerKind(2, True),
+    nn.ConvTranspose3d: LayerKind(3, True),
+}
+
+NORMS: Final[tuple[type[nn.Module], ...]] = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(BatchNorm1d, BatchNorm2d, BatchNorm3d),
+)
+
+
+def own_type(module: nn.Module) -> type[nn.Module]:
+    """Return the module's class, without the one that a parametrization puts before it."""
+    return parametrize.type_before_parametrizations(module)
+
+
+def exact_kind(module: nn.Module) -> LayerKind | None:
+    """Return how a layer of a known class uses its weight; None for any other class, subclasses too."""
+    return LAYERS.get(own_type(module))
+
+
+def kind_of(module: nn.Module) -> LayerKind | None:
+    """Like `exact_kind`, but a subclass counts as the class it extends."""
+    return next((kind for cls, kind in LAYERS.items() if isinstance(module, cls)), None)
+
+
+def is_linear_or_conv(module: nn.Module) -> bool:
+    """Say whether `module` is a linear or convolution layer, of a known class or not."""
+    return isinstance(module, (nn.Linear, _ConvNd))
