@@ -45,7 +45,6 @@ def _pad_outside(model: nn.Module, name: str, layer: nn.Module, border: Tensor) 
         raise TypeError(f"{type(layer).__name__} is not a convolution that is known")
     pad = ChannelPad(zero_padding(layer, kind), border.to(layer.weight))
     layer.padding = (0,) * kind.spatial  # type: ignore[assignment]
-    layer._reversed_padding_repeated_twice = [0, 0] * kind.spatial  # type: ignore[assignment]
     _replace(model, name, nn.Sequential(pad, layer))
 
 

@@ -83,14 +83,14 @@ def _look_at(layer: Norm, populations: dict[Norm, Population]) -> Any:
             return  # the layer's own error says more
         mask = kwargs.get("mask")
         batch = moments(x.detach().double(), None if mask is None else mask.to(torch.bool))
-        before = populations.get(layer) or empty_population(x.shape[1], x.device)
+        before = populations.get(layer) or empty_population(layer)
         populations[layer] = add_batch(before, batch)
 
     return layer.register_forward_pre_hook(look, with_kwargs=True)
 
 
 def _eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Hooks set after `model.compile()` would not be seen by what it compiled."""
+    """What `model.compile()` compiled may not see hooks that came later, and is not to be compiled again for them."""
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
@@ -123,6 +123,9 @@ def gather(
                     forward(model, _move(batch, device))
                 else:
                     _call(model, batch, device)
+        except Exception as error:
+            error.add_note(f"in recalibrate, after {count} batches were drawn; the model is as it was")
+            raise
         finally:
             for handle in handles:
                 handle.remove()

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from batchlab.functional.gather import merge_over_ranks
 from batchlab.reference.batch_norm import Moments, merge_moments, unbiased_variance
+from batchlab.surgery.layers import Norm
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-__all__ = ["ESTIMATORS", "Population", "add_batch", "empty_population", "merge_populations_over_ranks"]
+__all__ = ["ESTIMATORS", "Population", "add_batch", "empty_population"]
 
 
 class Population(NamedTuple):
@@ -30,9 +27,9 @@ class Population(NamedTuple):
     within: Moments
 
 
-def empty_population(channels: int, device: torch.device) -> Population:
+def empty_population(layer: Norm) -> Population:
     """Return the population of no batches, in float64."""
-    zeros = torch.zeros(channels, dtype=torch.float64, device=device)
+    zeros = torch.zeros_like(layer.running_mean, dtype=torch.float64)  # type: ignore[arg-type]
     nothing = Moments(zeros.new_zeros(()), zeros, zeros)
     return Population(nothing, nothing)
 
@@ -41,7 +38,7 @@ def add_batch(population: Population, batch: Moments) -> Population:
     """Return the population with one more batch.
 
     >>> from batchlab.reference.batch_norm import moments
-    >>> population = empty_population(1, torch.device("cpu"))
+    >>> population = empty_population(torch.nn.BatchNorm1d(1))
     >>> for batch in ([[0.0], [2.0]], [[10.0], [12.0]]):
     ...     population = add_batch(population, moments(torch.tensor(batch).double()))
     >>> ESTIMATORS["pooled"](population).item()       # of 0, 2, 10, 12
@@ -52,13 +49,6 @@ def add_batch(population: Population, batch: Moments) -> Population:
     usable = batch.count * (batch.count > 1)  # one sample has no variance
     spread = Moments(usable, unbiased_variance(batch), torch.zeros_like(batch.m2))
     return Population(merge_moments(population.samples, batch), merge_moments(population.within, spread))
-
-
-def merge_populations_over_ranks(population: Population, group: ProcessGroup) -> Population:
-    """Return the population of all ranks together, the same numbers on each; ranks may be uneven or empty."""
-    # With an offset of zero every rank merges the same numbers in the same order: bitwise equal results.
-    offset = torch.zeros_like(population.samples.mean)
-    return Population(*(merge_over_ranks(group_moments, offset, group) for group_moments in population))
 
 
 ESTIMATORS: Final[dict[str, Callable[[Population], Tensor]]] = {

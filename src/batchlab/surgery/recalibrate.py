@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from batchlab.functional.gather import check_process_group
 from batchlab.surgery.gathering import gather
 from batchlab.surgery.layers import Norm
-from batchlab.surgery.population import ESTIMATORS, Population, empty_population, merge_populations_over_ranks
+from batchlab.surgery.population import ESTIMATORS, Population, empty_population
+from batchlab.surgery.ranks import agree, group_of, over_ranks
 from batchlab.surgery.wrappers import check_model
 
 if TYPE_CHECKING:
@@ -51,33 +51,6 @@ def _check(batches: Iterable[Any], estimator: str, process_group: ProcessGroup |
         check_process_group(process_group)
 
 
-def _mean(layer: Norm) -> Tensor:
-    if layer.running_mean is None:
-        raise ValueError("the layer has no running statistics")
-    return layer.running_mean
-
-
-def _own_group(layer: Norm) -> ProcessGroup | None:
-    if isinstance(layer, nn.SyncBatchNorm):
-        synchronized = dist.is_available() and dist.is_initialized()
-        return (layer.process_group or dist.group.WORLD) if synchronized else None
-    return getattr(layer, "process_group", None)
-
-
-def _agree(error: Exception | None, batches: int, layer: Norm, group: ProcessGroup) -> int:
-    """Number of batches on all ranks; raises on every rank if one has failed, so that none waits for it."""
-    state = torch.tensor([int(error is not None), batches], dtype=torch.float64, device=_mean(layer).device)
-    dist.all_reduce(state, group=group)
-    if error is None and state[0] > 0:
-        raise RuntimeError("recalibrate failed on another rank; the model is as it was, here and there")
-    return int(state[1])
-
-
-def _over_ranks(population: Population | None, layer: Norm, group: ProcessGroup | None) -> Population:
-    population = population or empty_population(layer.num_features, _mean(layer).device)
-    return population if group is None else merge_populations_over_ranks(population, group)
-
-
 def _statistics(name: str, layer: Norm, population: Population, estimator: str) -> tuple[Tensor, Tensor]:
     count = (population.within if estimator == "algorithm2" else population.samples).count
     if count < 2:
@@ -86,7 +59,7 @@ def _statistics(name: str, layer: Norm, population: Population, estimator: str) 
             "Give more or larger batches"
         )
     new = (population.samples.mean, ESTIMATORS[estimator](population))
-    mean, var = (value.to(_mean(layer)) for value in new)
+    mean, var = (value.to(layer.running_mean) for value in new)
     bad = ~(mean.isfinite() & var.isfinite())
     if bad.any():
         raise ValueError(
@@ -174,7 +147,7 @@ def recalibrate(
     if not layers:
         warnings.warn("recalibrate changed nothing: every normalization is frozen or untracked", stacklevel=2)
         return model
-    groups = {name: process_group or _own_group(layer) for name, layer in layers.items()}
+    groups = {name: process_group or group_of(layer) for name, layer in layers.items()}
     together = next((group for group in groups.values() if group is not None), None)
     error: Exception | None = None
     populations: dict[Norm, Population] = {}
@@ -186,12 +159,15 @@ def recalibrate(
             raise
         error = raised
     if together is not None:
-        count = _agree(error, count, next(iter(layers.values())), together)
+        count = agree(error, count, together, empty_population(next(iter(layers.values()))).samples.mean.device)
     if error is not None:
         raise error
     if count == 0:
         raise ValueError("batches has no batch (a generator that was used before?); the model is as it was")
-    merged = {name: _over_ranks(populations.get(layer), layer, groups[name]) for name, layer in layers.items()}
+    merged = {
+        name: over_ranks(populations.get(layer) or empty_population(layer), groups[name])
+        for name, layer in layers.items()
+    }
     reached = {name: population for name, population in merged.items() if population.samples.count > 0}
     new = {layers[name]: _statistics(name, layers[name], population, estimator) for name, population in reached.items()}
     _write(new)
