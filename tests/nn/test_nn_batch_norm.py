@@ -125,6 +125,14 @@ def test_a_frozen_layer_survives_train() -> None:
     torch.testing.assert_close(model(batch("BatchNorm1d")), expected, rtol=0, atol=0)
 
 
+def test_bias_can_be_left_out_as_in_torch() -> None:
+    mine, theirs = ours.BatchNorm1d(4, bias=False), nn.BatchNorm1d(4, bias=False)
+    assert mine.bias is None
+    assert repr(mine) == repr(theirs)
+    theirs.load_state_dict(mine.state_dict(), strict=True)
+    torch.testing.assert_close(mine(batch("BatchNorm1d")), theirs(batch("BatchNorm1d")))
+
+
 def test_bad_switch_values_are_refused_and_change_nothing() -> None:
     layer = ours.BatchNorm1d(3)
     with pytest.raises(ValueError, match="statistics is 'frozen'; allowed are 'auto', 'batch', 'running'"):

@@ -59,6 +59,7 @@ class _BatchNorm(_TorchBatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         activation: str | None = None,
         nonfinite: str = "propagate",
         process_group: ProcessGroup | None = None,
@@ -68,6 +69,8 @@ class _BatchNorm(_TorchBatchNorm):
         check_nonfinite(nonfinite)
         check_momentum(momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # torch's own argument is younger than the oldest torch that this runs on
+            self.register_parameter("bias", None)
         self.activation = activation
         self.nonfinite = nonfinite
         self.process_group = process_group
@@ -205,6 +208,7 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
         track_running_stats: keep running statistics; without them evaluation uses the batch's.
         device: of parameters and buffers.
         dtype: of parameters; statistics are never narrower than float32.
+        bias: with `affine`, learn the bias too.
         activation: None, "relu", "leaky_relu", "silu" or "sigmoid", applied last.
         nonfinite: what an inf or NaN in a batch does to the running statistics: "propagate" (as torch), "skip" the
             affected channels, or "raise".
@@ -222,8 +226,7 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
     torch.Size([8, 3])
     >>> layer.statistics, layer.update_statistics = "running", False      # frozen
     >>> layer
-    BatchNorm1d(3, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, activation='relu', \
-statistics='running', update_statistics=False)
+    BatchNorm1d(3, eps=1e-05, ..., activation='relu', statistics='running', update_statistics=False)
     """
 
 
