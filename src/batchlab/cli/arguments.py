@@ -22,7 +22,7 @@ Command = (
     | Annotated[Report, tyro.conf.subcommand("report")]
 )
 
-_BOX: Final = "╭╮╰╯─│"
+_BOX: Final = "╭╮╰╯─│+-|"  # rich falls back to the last three where the terminal knows no others
 
 
 def _one_line(message: str) -> str:
@@ -31,12 +31,15 @@ def _one_line(message: str) -> str:
     title = lines[0].strip(f"{_BOX} ") if lines else "wrong arguments"
     body: list[str] = []
     for line in lines[1:]:
-        inner = line.strip("│ ")
+        inner = line.strip("│| ")
         if inner and not inner.strip(_BOX):
-            break
+            if body:
+                break
+            continue
         body.append(inner)
     text = " ".join(part for part in body if part)
-    return text if text.lower().startswith(title.lower()) else f"{title}: {text}"
+    # "Value error" says nothing that the text does not say better.
+    return text if title == "Value error" or text.lower().startswith(title.lower()) else f"{title}: {text}"
 
 
 def parse(words: Sequence[str]) -> Any:

@@ -58,7 +58,7 @@ class MLP(nn.Sequential):
     MLP(
       (flatten): Flatten(start_dim=1, end_dim=-1)
       (linear1): Linear(in_features=784, out_features=100, bias=False)
-      (normalization1): BatchNorm1d(100, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+      (normalization1): BatchNorm1d(100, eps=1e-05, ...)
       (activation1): Sigmoid()
       (output): Linear(in_features=100, out_features=10, bias=True)
     )

@@ -8,10 +8,12 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +249,23 @@ def _finish(settings: RunSettings, network: MLP, inputs: RunInput, folder: Path,
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
+@cache
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone; once in a process.
+
+    A killed study leaves its workers behind, which would train on, and hold its output open, for nobody. Nothing is
+    lost: the study's rerun continues from their checkpoints.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def execute(
     settings: RunSettings, folder: Path, data_folder: Path | None, checksum: str, in_worker: bool = False
 ) -> None:
@@ -259,20 +278,15 @@ def execute(
         checksum: of the data that the caller loaded; the worker must find the same.
         in_worker: in a process of its own: Ctrl-C is the parent's to handle, and without a parent it stops.
     """
-    parent = os.getppid()
     if in_worker:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch(_: int) -> None:
-        if in_worker and os.getppid() != parent:
-            os._exit(1)  # the study was killed; its rerun continues from the checkpoint
-
+        _end_with_parent()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         dataset = load_dataset(settings.data.dataset, data_folder, download=False)
         if dataset.checksum != checksum:
             raise ValueError("the data changed while the study was running: start it again")
-        run(settings, dataset, folder, watch)
+        run(settings, dataset, folder)
     finally:
         torch.set_num_threads(threads)

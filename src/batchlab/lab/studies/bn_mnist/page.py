@@ -128,7 +128,12 @@ def _gap(comparison: Comparison) -> tuple[float, float, float, str] | None:
     row = comparison.headline
     if row is None or row.target is None or row.ratio is None or row.ratio.mean <= 1.1:
         return None
-    return row.target, _mean_steps(row.other), _mean_steps(row.baseline), f"{row.ratio.mean:.1f}× fewer steps"
+    return (
+        row.target,
+        _mean_steps(row.other),
+        _mean_steps(row.baseline),
+        f"{_target_name(row.target)}: {row.ratio.mean:.1f}× fewer steps",
+    )
 
 
 def figures(settings: BnMnistSettings, records: Mapping[str, RunRecord], summary: Summary) -> dict[str, str]:
@@ -144,8 +149,8 @@ def figures(settings: BnMnistSettings, records: Mapping[str, RunRecord], summary
             description="Test accuracy against training steps for " + " and ".join(curves),
         )
     bands = {}
-    for arm in ("none", "batch_norm"):
-        metrics = arm_records(settings, records, arm, summary.chosen[arm])[0].metrics
+    for arm, rate in (summary.comparisons["same"].baseline, summary.comparisons["same"].other):
+        metrics = arm_records(settings, records, arm, rate)[0].metrics
         bands[ARMS[arm].label] = [line["step"] for line in metrics], [line["percentiles"][0] for line in metrics]
     drawn["percentiles"] = percentile_bands(
         "percentiles",
@@ -208,24 +213,22 @@ def _gallery(mistakes: dict[str, Any]) -> list[Block]:
 
 
 def _why(settings: BnMnistSettings, summary: Summary, drawn: dict[str, str]) -> Section:
-    wander = summary.wander
+    wander, rate = summary.wander, summary.comparisons["same"].baseline[1]
     caption = (
-        "What arrives at one sigmoid of the last hidden layer (unit 0, chosen before any run) over training: the "
-        "middle line is the median over images, the band holds the middle 70 % of them (15th to 85th percentile). "
-        "A sigmoid is steep around 0 and flat beyond about ±4: where the band leaves that range, the unit hardly "
-        "learns. Each panel has its own vertical scale. As in the paper, the network is seen as it trains: with "
-        f"statistics of batches of {settings.batch_size}."
+        "What arrives at one sigmoid of the last hidden layer (its first unit, chosen before any run) over training, "
+        f"both at learning rate {rate:g}: the middle line is the median over images, the band holds the middle 70 % of "
+        "them (15th to 85th percentile). A sigmoid is steep around 0 and flat beyond about ±4: a unit whose whole band "
+        "lies out there says nearly the same for every image, and hardly learns. As in the paper, the network is seen "
+        f"as it trains: with statistics of batches of {settings.batch_size}."
     )
     text = (
         "The paper's explanation is that the distribution of each layer's inputs keeps shifting while the layers below "
         "learn. Over the whole of training, the median input of a unit in the last hidden layer moved through a range "
-        f"of {wander['none'].mean:.2f} without batch norm and {wander['batch_norm'].mean:.2f} with it (mean over the "
-        f"first units of the layer and {settings.seeds} seeds)."
+        f"of {wander['none'].mean:.1f} without batch norm, {wander['same'].mean:.1f} with it at the same rate, and "
+        f"{wander['own'].mean:.1f} with it at its own best rate (means over the first units of the layer and "
+        f"{settings.seeds} {'seed' if settings.seeds == 1 else 'seeds'})."
     )
-    return Section(
-        "What happens inside",
-        [FigureBlock(drawn["percentiles"], caption), Paragraph(text)],
-    )
+    return Section("What happens inside", [FigureBlock(drawn["percentiles"], caption), Paragraph(text)])
 
 
 def _fairness(settings: BnMnistSettings, summary: Summary, drawn: dict[str, str]) -> list[Section]:

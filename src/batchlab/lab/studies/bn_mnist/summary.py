@@ -47,7 +47,8 @@ class Summary:
             arms, "well_scaled".
         inference: running_average, recalibrated, folded -> accuracy of the same weights.
         folded_difference: the largest difference of an output between the folded and the recalibrated network.
-        wander: arm -> how far the median of one unit's input went during training (highest minus lowest).
+        wander: how far the median of one unit's input went during training (highest minus lowest): "none", and
+            "batch_norm" at the "same" rate and at its "own".
         seconds_per_step: arm -> training seconds of one step, None where they were not recorded.
         best_run: the final run with the highest test accuracy, for the gallery.
     """
@@ -128,7 +129,10 @@ def summarize(
         comparisons=comparisons,
         inference={k: estimate([r.result["inference"][k] for r in normalized]) for k in kinds} if normalized else {},
         folded_difference=max((r.result["inference"]["folded_difference"] for r in normalized), default=0.0),
-        wander={arm: _wander(arm_records(settings, records, arm, rate)) for arm, rate in (none, own)},
+        wander={
+            name: _wander(arm_records(settings, records, arm, rate))
+            for name, (arm, rate) in {"none": none, "same": ("batch_norm", chosen["none"]), "own": own}.items()
+        },
         seconds_per_step={
             arm: _seconds_per_step(arm_records(settings, records, arm, rate)) for arm, rate in (none, own)
         },

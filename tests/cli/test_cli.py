@@ -1,0 +1,85 @@
+"""The command line as a person meets it: one clear line and exit code 2 for a mistake."""
+
+from pathlib import Path
+
+import pytest
+
+from batchlab.cli import main
+
+MISTAKES = [
+    ([], "Expected one of"),
+    (["studdy"], "studdy"),
+    (["study"], "NAME"),
+    (["study", "nonsense"], "there is no study 'nonsense'; there are: bn-mnist"),
+    (["study", "bn-mnist", "--quik"], "--quik"),
+    (["study", "bn-mnist", "--seeds", "three"], "'three' is not a whole number above 0"),
+    (["study", "bn-mnist", "--seeds", "0"], "'0' is not a whole number above 0"),
+    (["study", "bn-mnist", "--jobs", "-1"], "--jobs"),
+    (["study", "bn-mnist", "--size", "huge"], "'huge'"),
+    (["study", "bn-mnist", "--dataset", "cifar"], "'cifar'"),
+    (["study", "bn-mnist", "--quick", "--size", "demo"], "--quick and --size demo"),
+    (["study", "bn-mnist", "--settings", "missing.toml"], "missing.toml"),
+    (["study", "bn-mnist", "--quick", "--settings", "missing.toml"], "exclude each other"),
+    (["study", "bn-mnist", "--quick", "--data", "no-such-folder"], "no-such-folder"),
+    (["report", "no-such-folder"], "holds no study"),
+    (["report"], "Missing from batchlab report: PATH"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), MISTAKES, ids=[" ".join(words) for words, _ in MISTAKES])
+def test_a_mistake_is_one_line_and_exit_code_2(
+    words: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(words)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("batchlab: ")
+    assert message in lines[0]
+    assert not any(tmp_path.iterdir())
+
+
+def test_wrong_settings_name_file_and_path(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('stepz = 3\nrates = [0.1, "fast"]\n')
+    assert main(["study", "bn-mnist", "--settings", str(path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "mine.toml" in error
+    assert "stepz" in error
+    assert "settings.rates" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_other_things_is_not_touched(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BATCHLAB_OFFLINE", "1")
+    monkeypatch.delenv("BATCHLAB_DATA", raising=False)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert main(["study", "bn-mnist", "--quick", "--out", str(tmp_path)]) == 2
+    assert "holds no study: choose a new folder" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_studies_are_listed_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["studies"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert any(line.startswith("bn-mnist") and "?" in line for line in lines)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["study", "--help"], ["report", "--help"]])
+def test_help_is_there(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 0
+    assert "usage: batchlab" in capsys.readouterr().out
