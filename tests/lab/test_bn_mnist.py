@@ -20,7 +20,7 @@ from batchlab.lab.studies.bn_mnist.settings import SIZES, BnMnistSettings
 from batchlab.lab.studies.bn_mnist.summary import Comparison
 
 TINY = BnMnistSettings(
-    steps=150, seeds=2, rates=(0.3, 1.0), search_steps=60, search_seeds=1, well_scaled_std=0.1, widths=(20, 15)
+    steps=80, seeds=2, rates=(0.3, 1.0), search_steps=30, search_seeds=1, well_scaled_std=0.1, widths=(20, 15)
 )
 ENVIRONMENT = {**os.environ, "BATCHLAB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "BATCHLAB_DATA": ""}
 

@@ -132,6 +132,12 @@ def test_other_settings_or_data_are_refused(undisturbed: Path, digits: Dataset) 
     assert outcome(undisturbed) == before
 
 
+def test_the_same_data_found_elsewhere_is_the_same(undisturbed: Path) -> None:
+    before = outcome(undisturbed)
+    run(settings(), dataclasses.replace(load_embedded(), source="cache", description="from the cache"), undisturbed)
+    assert outcome(undisturbed) == before
+
+
 def test_the_record_repeats_the_run_and_its_weights_score_what_it_says(undisturbed: Path) -> None:
     record = read_record(undisturbed)
     assert record.settings == settings()

@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from batchlab.lab.comparison import Curve
 
-__all__ = ["COLORS", "accuracy_curves", "percentile_bands", "rate_search"]
+__all__ = ["COLORS", "accuracy_curves", "percentile_bands", "rate_search", "standalone"]
 
 COLORS: Final = ("#e8710a", "#2f7de1", "#12a37a", "#b052c9")
 # Stand-ins that no figure uses otherwise; `_to_svg` turns them into the page's own colours.
@@ -61,6 +61,12 @@ def _to_svg(figure: Figure, description: str) -> str:
     start = svg.index(">") + 1
     text = description.replace("&", "&amp;").replace("<", "&lt;")
     return f"{svg[:start]}<title>{text}</title>{svg[start:]}"
+
+
+def standalone(svg: str) -> str:
+    """The figure with colours of its own for light and dark, for where no page around it sets them."""
+    style = "svg{color:#1c2430}@media(prefers-color-scheme:dark){svg{color:#e4e9f0}}"
+    return svg.replace("</title>", f"</title><style>{style}</style>", 1)
 
 
 def _thousands(value: float, _: object) -> str:

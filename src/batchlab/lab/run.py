@@ -175,6 +175,19 @@ def run(
         _run_locked(settings, dataset, folder, on_evaluation, checkpoint_seconds)
 
 
+def _refuse_mixture(folder: Path, earlier: Any, record: dict[str, Any]) -> None:
+    old, new = earlier.get("settings"), record["settings"]
+    if old != new:
+        raise ValueError(
+            f"{folder} holds a run with other settings ({old}, not {new}): choose another folder, or delete that one"
+        )
+    if earlier.get("data", {}).get("checksum") != record["data"]["checksum"]:
+        raise ValueError(
+            f"{folder} holds a run on other data ({earlier.get('data', {}).get('description')}, not "
+            f"{record['data']['description']}): choose another folder, or delete that one"
+        )
+
+
 def _run_locked(
     settings: RunSettings,
     dataset: Dataset,
@@ -183,22 +196,16 @@ def _run_locked(
     checkpoint_seconds: float,
 ) -> None:
     record = describe_run(settings, dataset)
-    description = json.dumps(record, sort_keys=True)
     if (folder / "run.json").is_file():
-        earlier = read_json(folder / "run.json")
-        for part in ("settings", "data"):
-            if earlier.get(part) != record[part]:
-                raise ValueError(
-                    f"{folder} holds a run with other {part} ({earlier.get(part)}, not {record[part]}): choose another "
-                    "folder, or delete that one"
-                )
+        _refuse_mixture(folder, read_json(folder / "run.json"), record)
     if (folder / "result.json").is_file():
         return
 
     inputs = load_inputs(settings, dataset)
     network = build_network(settings, dataset)
     optimizer = sgd(network, settings.optimizer)
-    state = _load_checkpoint(folder / "checkpoint.pt", network, optimizer, description)
+    identity = json.dumps([record["settings"], dataset.checksum, record["environment"]], sort_keys=True)
+    state = _load_checkpoint(folder / "checkpoint.pt", network, optimizer, identity)
     write_json(folder / "run.json", record)
     write_text(folder / "metrics.jsonl", _lines(state.metrics))
     status, saved_at = "finished", time.perf_counter()
@@ -229,7 +236,7 @@ def _run_locked(
             if on_evaluation is not None:
                 on_evaluation(goal)
             if time.perf_counter() - saved_at > checkpoint_seconds:
-                _save_checkpoint(folder / "checkpoint.pt", state, network, optimizer, description)
+                _save_checkpoint(folder / "checkpoint.pt", state, network, optimizer, identity)
                 saved_at = time.perf_counter()
     _finish(settings, network, inputs, folder, state, status)
 

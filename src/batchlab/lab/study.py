@@ -95,12 +95,13 @@ def open_folder(folder: Path, study: Study, settings: Any, dataset: Dataset) -> 
 
 def _refuse_mixture(folder: Path, earlier: Any, now: dict[str, Any]) -> None:
     differences = []
-    for part in ("study", "data", "settings"):
-        old, new = earlier.get(part), now[part]
-        if isinstance(old, dict) and isinstance(new, dict):
-            differences += [f"{part}.{k}: {old.get(k)!r}, not {v!r}" for k, v in new.items() if old.get(k) != v]
-        elif old != new:
-            differences.append(f"{part}: {old!r}, not {new!r}")
+    if earlier.get("study") != now["study"]:
+        differences.append(f"study: {earlier.get('study')!r}, not {now['study']!r}")
+    old, new = earlier.get("settings", {}), now["settings"]
+    differences += [f"settings.{k}: {old.get(k)!r}, not {v!r}" for k, v in new.items() if old.get(k) != v]
+    # Where the data was found may change from one day to the next; what it is may not.
+    if earlier.get("data", {}).get("checksum") != now["data"]["checksum"]:
+        differences.append(f"data: {earlier.get('data', {}).get('description')}, not {now['data']['description']}")
     if differences:
         raise ValueError(
             f"{folder} holds a study with other settings ({'; '.join(differences)}): repeat the command it was started "

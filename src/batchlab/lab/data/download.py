@@ -18,6 +18,9 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
 from batchlab.lab.data.catalog import FILE_NAMES, TEST_LABELS, CatalogEntry
 from batchlab.lab.data.folders import find_files, read_verified
 
@@ -35,13 +38,49 @@ def locate_cache(name: str) -> Path:
     return Path(pooch.os_cache("batchlab")) / name
 
 
+class _Bar:
+    """A progress bar as pooch drives one: it sets `total`, then calls `update` with the bytes of each chunk."""
+
+    def __init__(self, progress: Progress, title: str) -> None:
+        self.progress = progress
+        self.task = progress.add_task(title, total=None)
+
+    @property
+    def total(self) -> float | None:
+        return self.progress.tasks[self.task].total
+
+    @total.setter
+    def total(self, value: float) -> None:
+        self.progress.update(self.task, total=value)
+
+    def update(self, count: int) -> None:
+        self.progress.advance(self.task, count)
+
+    def reset(self) -> None:
+        # Called once at the end, before pooch fills the bar up by hand.
+        self.progress.update(self.task, completed=0)
+
+    def close(self) -> None:
+        self.progress.stop_task(self.task)
+
+
 def fetch(url: str, path: Path) -> None:
     """Download one address to one file.
 
     Raises:
         requests.RequestException: The address cannot be reached within `TIMEOUT_SECONDS`, or does not have the file.
     """
-    pooch.HTTPDownloader(timeout=TIMEOUT_SECONDS, headers=_HEADERS, chunk_size=2**16)(url, str(path), None)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        options = {"timeout": TIMEOUT_SECONDS, "headers": _HEADERS, "chunk_size": 2**16}
+        bar = _Bar(progress, path.name)
+        pooch.HTTPDownloader(progressbar=bar, **options)(url, str(path), None)
 
 
 def select_reachable(mirrors: tuple[str, ...]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from batchlab.lab.execution import run_all
+from batchlab.lab.figures import standalone
 from batchlab.lab.files import read_json, write_json, write_text
 from batchlab.lab.records import RunRecord, read_record
 from batchlab.lab.report import write_page
@@ -111,7 +112,7 @@ def report(folder: Path, console: Console) -> Path:
     write_json(folder / "summary.json", to_json(summary))
     (folder / "figures").mkdir(exist_ok=True)
     for name, svg in figures(settings, records, summary).items():
-        write_text(folder / "figures" / f"{name}.svg", svg)
+        write_text(folder / "figures" / f"{name}.svg", standalone(svg))
     write_page(page, folder / "report.html")
     _print_summary(settings, summary, folder / "report.html", console)
     return folder / "report.html"
