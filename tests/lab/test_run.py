@@ -116,6 +116,16 @@ def test_damage_by_a_crash_is_survived(damage: str, undisturbed: Path, tmp_path:
     assert outcome(tmp_path) == outcome(undisturbed)
 
 
+def test_what_a_kill_at_the_very_end_leaves_is_cleared_away(undisturbed: Path, tmp_path: Path) -> None:
+    for source in undisturbed.iterdir():
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    (tmp_path / "checkpoint.pt").write_bytes(b"old")
+    (tmp_path / ".result.json.77.partial").write_bytes(b"half")
+    run(settings(), load_embedded(), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in undisturbed.iterdir())
+    assert outcome(tmp_path) == outcome(undisturbed)
+
+
 def test_a_finished_run_is_left_alone(undisturbed: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in undisturbed.iterdir() if p.suffix != ".lock"}
     run(settings(), load_embedded(), undisturbed, lambda _: pytest.fail("trained again"))

@@ -137,8 +137,8 @@ def choose_backend(backend: str, x: Tensor, mask: Tensor | None, process_group: 
     """Return the implementation that `backend` means for this call.
 
     "auto" takes torch's operation on the input shifted by its mean: unshifted, its float32 error grows with mean/std
-    (4e-4 for (N, C) inputs and 6e-3 for channels-last ones at mean/std 1e3). Masks, ranks and empty batches are the
-    reference's. An explicit backend never falls back: what it cannot do is an error.
+    (4e-4 for (N, C) inputs and 6e-3 for channels-last ones at mean/std 1e3). Masks, ranks, empty
+    batches and `torch.func` are the reference's. An explicit backend never falls back: what it cannot do is an error.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed are {', '.join(map(repr, BACKENDS))}")
@@ -148,7 +148,9 @@ def choose_backend(backend: str, x: Tensor, mask: Tensor | None, process_group: 
             given = "mask" if mask is not None else "process_group"
             raise ValueError(f"backend='aten' takes no {given}: use backend='auto' or 'reference'")
         return "aten"
-    return "shifted_aten" if backend == "auto" and plain and x.numel() > 0 else "reference"
+    # torch.func's transforms (grad, vmap, hessian) see through plain operations, not through an autograd.Function.
+    transformed = torch._C._are_functorch_transforms_active()
+    return "shifted_aten" if backend == "auto" and plain and x.numel() > 0 and not transformed else "reference"
 
 
 def normalize_batch(

@@ -81,4 +81,7 @@ def locked(folder: Path, name: str, patience: float = 0.0) -> Iterator[None]:
             if time.monotonic() >= deadline:
                 raise FolderInUseError(f"another process is working in {folder}: wait for it, or choose another folder")
             time.sleep(0.1)
+        # Only the holder writes here, so a temporary file is what a killed one left.
+        for leftover in folder.glob(".*.partial"):
+            leftover.unlink(missing_ok=True)
         yield

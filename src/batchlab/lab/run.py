@@ -199,6 +199,7 @@ def _run_locked(
     if (folder / "run.json").is_file():
         _refuse_mixture(folder, read_json(folder / "run.json"), record)
     if (folder / "result.json").is_file():
+        (folder / "checkpoint.pt").unlink(missing_ok=True)  # killed just before its removal
         return
 
     inputs = load_inputs(settings, dataset)
