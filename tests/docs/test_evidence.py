@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from batchlab.lab.records import read_record
-from batchlab.lab.studies.bn_mnist.page import answer, steps_table
+from batchlab.lab.studies.bn_mnist.answer import answer
+from batchlab.lab.studies.bn_mnist.page import steps_table
 from batchlab.lab.studies.bn_mnist.plan import choose_rates, final_plan, search_plan
 from batchlab.lab.studies.bn_mnist.settings import SIZES, BnMnistSettings
 from batchlab.lab.studies.bn_mnist.summary import Summary, summarize, to_json
@@ -46,7 +47,7 @@ def test_records_come_from_one_commit_without_changes() -> None:
 @pytest.mark.parametrize("page", ["README.md", "experiments/bn-mnist/README.md"])
 def test_pages_quote_the_answer_and_the_table(page: str, summary: Summary) -> None:
     text = re.sub(r"\s+", " ", (ROOT / page).read_text())
-    for sentence in answer(SIZES["full"], summary.comparisons["own"]):
+    for sentence in answer(SIZES["full"], summary.comparisons):
         assert sentence in text
     for row in steps_table(summary.comparisons["own"], "").rows:
         assert "| " + " | ".join(row) + " |" in text

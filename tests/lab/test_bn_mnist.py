@@ -14,7 +14,7 @@ import pytest
 
 from batchlab.lab.comparison import Estimate, StepsToTarget
 from batchlab.lab.settings import SettingsError, write_settings
-from batchlab.lab.studies.bn_mnist.page import answer, count, percent, ratio_text
+from batchlab.lab.studies.bn_mnist.answer import answer, count, percent, ratio_text
 from batchlab.lab.studies.bn_mnist.plan import SEARCH_SEED, choose_rates, final_plan, search_plan
 from batchlab.lab.studies.bn_mnist.settings import SIZES, BnMnistSettings
 from batchlab.lab.studies.bn_mnist.summary import Comparison
@@ -184,10 +184,21 @@ def comparison(ratio: Triple, gain: Triple, target: float | None = 0.95) -> Comp
     ],
 )
 def test_the_answer_says_what_the_numbers_say(given: Comparison, expected: tuple[str, str]) -> None:
-    sentences = answer(TINY, given)
+    sentences = answer(TINY, {"own": given})
     assert len(sentences) == 2
     for sentence, part in zip(sentences, expected, strict=True):
         assert part in sentence
+
+
+def test_the_answer_does_not_hide_what_a_better_start_does() -> None:
+    own = comparison((2.1, 1.9, 2.3), (0.01, 0.005, 0.015))
+    control = comparison((0.5, 0.4, 0.6), (0.0, -0.01, 0.01), 0.97)
+    sentences = answer(TINY, {"own": own, "well_scaled": control})
+    assert len(sentences) == 2
+    assert (
+        "from well-scaled first weights it takes 510 steps with and 1,050 without to 97 %: 2.0 times more"
+        in sentences[1]
+    )
 
 
 def test_numbers_are_written_for_people() -> None:

@@ -36,9 +36,11 @@ def _count(text: str) -> int:
     return int(text)
 
 
-_Count = Annotated[int | None, _word("N", _count)]
-_Folder = Annotated[Path | None, _word("DIR", Path)]
-_File = Annotated[Path | None, _word("FILE", Path)]
+# The texts say what an option left out means; "(default: None)" would say less.
+_unhinted = tyro.conf.arg(help_behavior_hint="")
+_Count = Annotated[int | None, _word("N", _count), _unhinted]
+_Folder = Annotated[Path | None, _word("DIR", Path), _unhinted]
+_File = Annotated[Path | None, _word("FILE", Path), _unhinted]
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,13 @@ class StudyCommand:
 
     name: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="NAME")]]
     """Which one; `batchlab studies` lists them."""
-    quick: bool = False
+    quick: Annotated[bool, _unhinted] = False
     """The smallest size, within a minute; the same as --size quick."""
-    size: Literal["full", "demo", "quick"] | None = None
+    size: Annotated[Literal["full", "demo", "quick"] | None, _unhinted] = None
     """full: as published; demo: about five minutes; quick: within one. Without it: full."""
     seeds: _Count = None
     """Runs of each arm, with different random starts."""
-    dataset: Literal["mnist", "fashion"] | None = None
+    dataset: Annotated[Literal["mnist", "fashion"] | None, _unhinted] = None
     """mnist: handwritten digits (the default); fashion: Fashion-MNIST, pieces of clothing."""
     data: _Folder = None
     """Folder with the IDX files. Without it: $BATCHLAB_DATA, the cache, the system's data sets, download, and at last \

@@ -86,7 +86,7 @@ def evaluation_steps(steps: int, spacing: float) -> list[int]:
     Spacing in proportion gives a number of steps to a target the same relative resolution early and late.
 
     >>> evaluation_steps(100, 0.5)
-    [0, 10, 20, 30, 40, 60, 90, 100]
+    [0, 10, 20, 30, 50, 70, 100]
     """
     points = [0]
     while points[-1] < steps:

@@ -15,8 +15,9 @@ from batchlab.lab.files import read_json, write_json, write_text
 from batchlab.lab.records import RunRecord, read_record
 from batchlab.lab.report import write_page
 from batchlab.lab.settings import RunSettings
+from batchlab.lab.studies.bn_mnist.answer import answer
 from batchlab.lab.studies.bn_mnist.mistakes import MISTAKES_FILE, save_mistakes
-from batchlab.lab.studies.bn_mnist.page import answer, build_page, figures, steps_table
+from batchlab.lab.studies.bn_mnist.page import build_page, figures, steps_table
 from batchlab.lab.studies.bn_mnist.plan import choose_rates, final_plan, search_plan
 from batchlab.lab.studies.bn_mnist.settings import SIZES, BnMnistSettings
 from batchlab.lab.studies.bn_mnist.summary import Summary, summarize, to_json
@@ -64,7 +65,7 @@ def _print_summary(settings: BnMnistSettings, summary: Summary, page: Path, cons
         table.add_row(*row)
     console.print()
     console.print(table)
-    for sentence in answer(settings, own):
+    for sentence in answer(settings, summary.comparisons):
         console.print(sentence, highlight=False)
     console.print()
     console.print("The report, with all figures:", highlight=False)

@@ -2,63 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from batchlab.lab.comparison import Estimate, StepsToTarget, mean_curve
+from batchlab.lab.comparison import mean_curve
 from batchlab.lab.figures import accuracy_curves, percentile_bands, rate_search
 from batchlab.lab.records import RunRecord
 from batchlab.lab.report import Block, FigureBlock, Gallery, Page, Paragraph, Picture, Section, Table
+from batchlab.lab.studies.bn_mnist.answer import answer, count, mean_steps, percent, ratio_text, target_name
 from batchlab.lab.studies.bn_mnist.settings import ARMS, BnMnistSettings
 from batchlab.lab.studies.bn_mnist.summary import Comparison, Summary, arm_records
 
-__all__ = ["answer", "build_page", "count", "figures", "percent", "ratio_text", "steps_table"]
-
-
-def count(value: float) -> str:
-    """A count with three significant digits: 1,180."""
-    digits = max(0, math.floor(math.log10(value)) - 2) if value >= 1 else 0
-    return f"{round(value, -digits):,.0f}"
-
-
-def percent(value: Estimate, digits: int = 2) -> str:
-    """A share as per cent, with its interval: 97.12 % (97.01 to 97.23)."""
-    text = f"{100 * value.mean:.{digits}f} %"
-    if math.isnan(value.low):
-        return text
-    return f"{text} ({100 * value.low:.{digits}f} to {100 * value.high:.{digits}f})"
-
-
-def ratio_text(ratio: Estimate) -> str:
-    """A ratio with its interval: 3.3 (3.0 to 3.6)."""
-    if math.isnan(ratio.low):
-        return f"{ratio.mean:.2g}" if ratio.mean < 10 else f"{ratio.mean:.0f}"
-    return f"{ratio.mean:.1f} ({ratio.low:.1f} to {ratio.high:.1f})"
-
-
-def _mean_steps(values: tuple[int | None, ...]) -> float:
-    reached = [value for value in values if value]
-    return sum(reached) / len(reached) if reached else math.nan
+__all__ = ["build_page", "figures", "steps_table"]
 
 
 def _steps_cell(values: tuple[int | None, ...]) -> str:
     reached = [value for value in values if value is not None]
     if not reached:
         return "never"
-    text = count(_mean_steps(values))
+    text = count(mean_steps(values))
     return text if len(reached) == len(values) else f"{text} ({len(reached)} of {len(values)} runs)"
-
-
-def _target_name(target: float | None) -> str:
-    return "the best without" if target is None else f"{100 * target:g} %"
 
 
 def steps_table(comparison: Comparison, caption: str) -> Table:
     """Steps to each target, without and with batch norm, and the ratio."""
     rows = [
         [
-            _target_name(row.target),
+            target_name(row.target),
             _steps_cell(row.baseline),
             _steps_cell(row.other),
             "–" if row.ratio is None else ratio_text(row.ratio),
@@ -69,70 +39,15 @@ def steps_table(comparison: Comparison, caption: str) -> Table:
     return Table(header, rows, caption)
 
 
-def _how_sure(estimate: Estimate) -> str:
-    if math.isnan(estimate.low):
-        return "one seed, so without an interval"
-    return f"95 % interval {estimate.low:.1f} to {estimate.high:.1f}, {estimate.n} seeds"
-
-
-def _speed(settings: BnMnistSettings, row: StepsToTarget | None) -> str:
-    if row is None or row.ratio is None:
-        return (
-            f"Within {settings.steps:,} steps not every run reached {_target_name(settings.targets[0])} of the test "
-            "images, so there is no fair number of steps to compare; the table below has what was reached."
-        )
-    ratio = row.ratio
-    if not math.isnan(ratio.low) and ratio.low <= 1 <= ratio.high:
-        verdict = f"a ratio of {ratio.mean:.1f}, which is no clear difference"
-    elif ratio.mean >= 1:
-        verdict = f"{ratio.mean:.1f} times fewer"
-    else:
-        verdict = f"{1 / ratio.mean:.1f} times more"
-    steps, baseline = count(_mean_steps(row.other)), count(_mean_steps(row.baseline))
-    end = f"{verdict} ({_how_sure(ratio)}), each at the learning rate that suits it best."
-    if row.target is None:
-        return (
-            f"With batch normalization the network needs {steps} training steps to become as good as it ever became "
-            f"without, which took {baseline} of {settings.steps:,} steps: {end}"
-        )
-    return (
-        f"With batch normalization the network needs {steps} training steps to recognize {_target_name(row.target)} "
-        f"of the test images; without, it needs {baseline}: {end}"
-    )
-
-
-def _ending(settings: BnMnistSettings, comparison: Comparison) -> str:
-    gain = comparison.gain
-    points = f"{abs(100 * gain.mean):.2f} percentage points"
-    if math.isnan(gain.low):
-        ending = f"{'ahead' if gain.mean > 0 else 'behind'} by {points} (one seed, so without an interval)"
-    elif gain.low > 0:
-        ending = f"better by {points} (95 % interval {100 * gain.low:.2f} to {100 * gain.high:.2f})"
-    elif gain.high < 0:
-        ending = f"worse by {points} (95 % interval {-100 * gain.high:.2f} to {-100 * gain.low:.2f})"
-    else:
-        interval = f"95 % interval {100 * gain.low:+.2f} to {100 * gain.high:+.2f}"
-        ending = f"no clear difference ({100 * gain.mean:+.2f} percentage points, {interval})"
-    return (
-        f"After {settings.steps:,} steps it is right on {100 * comparison.accuracy[1].mean:.2f} % of the test images, "
-        f"against {100 * comparison.accuracy[0].mean:.2f} % without: {ending}."
-    )
-
-
-def answer(settings: BnMnistSettings, comparison: Comparison) -> list[str]:
-    """The two sentences that open the report: how fast, and where training ends."""
-    return [_speed(settings, comparison.headline), _ending(settings, comparison)]
-
-
 def _gap(comparison: Comparison) -> tuple[float, float, float, str] | None:
     row = comparison.headline
     if row is None or row.target is None or row.ratio is None or row.ratio.mean <= 1.1:
         return None
     return (
         row.target,
-        _mean_steps(row.other),
-        _mean_steps(row.baseline),
-        f"{_target_name(row.target)}: {row.ratio.mean:.1f}× fewer steps",
+        mean_steps(row.other),
+        mean_steps(row.baseline),
+        f"{target_name(row.target)}: {row.ratio.mean:.1f}× fewer steps",
     )
 
 
@@ -234,29 +149,35 @@ def _why(settings: BnMnistSettings, summary: Summary, drawn: dict[str, str]) -> 
 def _fairness(settings: BnMnistSettings, summary: Summary, drawn: dict[str, str]) -> list[Section]:
     same = summary.comparisons["same"]
     rate = same.baseline[1]
-    sections = [
-        Section(
-            "Is it only the learning rate?",
-            [
-                Paragraph(
-                    "A method can win because its rate was chosen with more care. So each arm's rate was chosen in the "
-                    "same way, from the same rates, on images held out from the training set; the test images had no "
-                    "part in it. And the second comparison gives both arms the rate that is best without batch norm."
-                ),
-                FigureBlock(
-                    drawn["rate-search"],
-                    f"The search: accuracy on held-out training images after {settings.search_steps:,} steps (mean "
-                    "over the last fifth of them), for each learning rate. Dots are runs, rings the chosen rates. A "
-                    "wide plateau means that the rate hardly matters.",
-                ),
-                FigureBlock(
-                    drawn["accuracy-same"],
-                    f"Both arms at learning rate {rate:g}, the best without batch norm. {_seeds(settings)}",
-                ),
-                steps_table(same, f"Training steps to a test accuracy, both arms at learning rate {rate:g}."),
-            ],
-        )
+    blocks: list[Block] = [
+        Paragraph(
+            "A method can win because its rate was chosen with more care. So each arm's rate was chosen in the same "
+            "way, from the same rates, on images held out from the training set; the test images had no part in it. "
+            "The second question is what happens when both arms get the rate that is best without batch norm."
+        ),
+        FigureBlock(
+            drawn["rate-search"],
+            f"The search: accuracy on held-out training images after {settings.search_steps:,} steps (mean over the "
+            "last fifth of them), for each learning rate. Dots are runs, rings the chosen rates. A wide plateau means "
+            "that the rate hardly matters.",
+        ),
     ]
+    if same == summary.comparisons["own"]:
+        blocks.append(
+            Paragraph(
+                f"Here both arms turned out best at the same rate, {rate:g}: the comparison above already is the one "
+                "at the same rate."
+            )
+        )
+    else:
+        blocks += [
+            FigureBlock(
+                drawn["accuracy-same"],
+                f"Both arms at learning rate {rate:g}, the best without batch norm. {_seeds(settings)}",
+            ),
+            steps_table(same, f"Training steps to a test accuracy, both arms at learning rate {rate:g}."),
+        ]
+    sections = [Section("Is it only the learning rate?", blocks)]
     scaled = summary.comparisons.get("well_scaled")
     if scaled is not None:
         sections.append(
@@ -267,7 +188,8 @@ def _fairness(settings: BnMnistSettings, summary: Summary, drawn: dict[str, str]
                         f'The paper starts from "small random Gaussian values"; here their standard deviation is '
                         f"{settings.weight_std:g}. Such a start leaves the plain network on a plateau at first. This "
                         f"control starts both arms at {settings.well_scaled_std:g} instead, close to 1/√100 for 100 "
-                        "inputs, where signals keep their size from layer to layer; rates were chosen again."
+                        "inputs, where signals keep their size from layer to layer; rates were chosen again. "
+                        "What is left of the difference here is not owed to the start."
                     ),
                     FigureBlock(
                         drawn["accuracy-well_scaled"],
@@ -343,7 +265,7 @@ def build_page(
             else "A small network learns to tell pieces of clothing apart (Fashion-MNIST), with and without batch "
             "normalization: the MNIST experiment of Ioffe & Szegedy (2015) on other images."
         ),
-        answer=answer(settings, own),
+        answer=answer(settings, summary.comparisons),
         hero=FigureBlock(drawn["accuracy-own"], caption),
         sections=[
             Section(
@@ -352,8 +274,9 @@ def build_page(
                     steps_table(
                         own,
                         "Training steps until a test accuracy is first reached, each arm at its own best rate; means "
-                        'over the runs that reached it. "The best without" is the highest accuracy that the run '
-                        "without batch norm ever had, for each seed its own. In brackets: 95 % interval.",
+                        'over the runs that reached it, and ratios over the seeds where both did. "The best without" '
+                        "is the highest accuracy that the run without batch norm ever had, for each seed its own. In "
+                        "brackets: 95 % interval.",
                     ),
                     Table(
                         ["after the last step", "test accuracy"],
