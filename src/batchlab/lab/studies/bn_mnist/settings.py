@@ -96,10 +96,10 @@ class BnMnistSettings:
 SIZES: Final[dict[str, BnMnistSettings]] = {
     "full": BnMnistSettings(),
     "demo": BnMnistSettings(
-        steps=6_000,
+        steps=10_000,
         seeds=3,
-        rates=(0.03, 0.1, 0.3, 1.0),
-        search_steps=3_000,
+        rates=(0.03, 0.1, 0.3, 1.0, 3.0),
+        search_steps=4_000,
         search_seeds=1,
         well_scaled_std=None,
     ),
