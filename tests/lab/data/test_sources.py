@@ -214,8 +214,8 @@ def damage(content: bytes, how: str) -> bytes:
     return {
         "truncated": packed[:-20],
         "corrupt": packed[:30] + bytes([packed[30] ^ 255]) + packed[31:],
-        "short": gzip.compress(content[:-1]),
-        "long": gzip.compress(content + b"\0"),
+        "short": gzip.compress(content[:-1], mtime=0),
+        "long": gzip.compress(content + b"\0", mtime=0),
         "changed": gzip.compress(content[:-1] + bytes([content[-1] ^ 1])),
         "page": b"<html>sign in to this network</html>",
         "empty": b"",
@@ -325,7 +325,7 @@ class Internet:
         if f"{mirror}/" in self.failing:
             path.write_bytes(b"half of it")
             raise requests.ConnectionError("the line was cut")
-        path.write_bytes(damage(content, "changed") if f"{mirror}/" in self.wrong else gzip.compress(content))
+        path.write_bytes(damage(content, "changed") if f"{mirror}/" in self.wrong else gzip.compress(content, mtime=0))
 
 
 @pytest.fixture
