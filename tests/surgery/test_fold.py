@@ -194,7 +194,9 @@ def test_zero_gamma():
     assert_folds(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), norm), torch.randn(2, 4, 5, 5))
     assert_folds(nn.Sequential(norm, nn.Conv2d(4, 4, 3)), torch.randn(2, 4, 5, 5))
     assert_folds(nn.Sequential(norm, nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")), torch.randn(2, 4, 5, 5))
-    refused(nn.Sequential(norm, nn.Conv2d(4, 4, 3, padding=1)), torch.randn(2, 4, 5, 5), "scale is 0 in 1 channels")
+    assert_refused(
+        nn.Sequential(norm, nn.Conv2d(4, 4, 3, padding=1)), torch.randn(2, 4, 5, 5), "scale is 0 in 1 channels"
+    )
     norm.bias.data[1] = 0  # 0·x + 0: zero padding is right as it is
     assert_folds(nn.Sequential(norm, nn.Conv2d(4, 4, 3, padding=1)), torch.randn(2, 4, 5, 5))
 
@@ -301,7 +303,7 @@ def test_activation_of_our_layers_becomes_a_module(activation, module):
     assert actions(report) == {"1": "folded", "2": "refused"}
     assert "comes from BatchNorm1d '1'" in report.refused[0].reason
     before = nn.Sequential(trained(batchlab.nn.BatchNorm1d(3, activation=activation)), nn.Linear(3, 2))
-    refused(before, torch.randn(5, 3), f"its activation '{activation}'")
+    assert_refused(before, torch.randn(5, 3), f"its activation '{activation}'")
 
 
 def test_inserted_trained_recalibrated_folded():
@@ -369,7 +371,7 @@ def test_original_is_untouched_in_every_respect():
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
-def refused(model, x, reason, *, name=None):
+def assert_refused(model, x, reason, *, name=None):
     """The named (or every) normalization is refused for the reason, and the copy computes what the model does."""
     before = values(model)
     folded, report = fold(model, x)
@@ -410,11 +412,11 @@ def test_reused_modules():
     net = Net(
         lambda s, x: s.norm1(s.fc(x)) + s.norm2(s.fc(x)), fc=fc(), norm1=nn.BatchNorm1d(3), norm2=nn.BatchNorm1d(3)
     )
-    refused(net, X, "'fc' is called 2 times")
+    assert_refused(net, X, "'fc' is called 2 times")
     net = Net(lambda s, x: s.norm(s.a(x)) + s.norm(s.b(x)), a=fc(), b=fc(), norm=nn.BatchNorm1d(3))
-    refused(net, X, "called 2 times")
+    assert_refused(net, X, "called 2 times")
     twice = Net(lambda s, x: s.block(s.block(x)), block=nn.Sequential(fc(), nn.BatchNorm1d(3)))
-    refused(twice, X, "called 2 times")
+    assert_refused(twice, X, "called 2 times")
 
 
 def test_shared_modules_and_tied_weights():
@@ -422,30 +424,30 @@ def test_shared_modules_and_tied_weights():
     tied = fc()
     tied.weight = layer.weight
     net = Net(lambda s, x: s.norm(s.a(x)) + s.b(x), a=layer, b=tied, norm=nn.BatchNorm1d(3))
-    refused(net, X, "shares a parameter")
+    assert_refused(net, X, "shares a parameter")
     two_names = Net(lambda s, x: s.norm(s.a(x)), a=fc(), norm=nn.BatchNorm1d(3))
     two_names.alias = two_names.a
-    refused(two_names, X, "under 2 names")
+    assert_refused(two_names, X, "under 2 names")
     two_norms = Net(lambda s, x: s.norm(s.a(x)), a=fc(), norm=nn.BatchNorm1d(3))
     two_norms.alias = two_norms.norm
-    refused(two_norms, X, "under 2 names", name="norm")
+    assert_refused(two_norms, X, "under 2 names", name="norm")
     affine = Net(
         lambda s, x: s.norm1(s.a(x)) + s.norm2(s.b(x)),
         **{"a": fc(), "b": fc(), "norm1": nn.BatchNorm1d(3), "norm2": nn.BatchNorm1d(3)},
     )
     affine.norm2.weight = affine.norm1.weight
-    refused(affine, X, "shares a parameter")
+    assert_refused(affine, X, "shares a parameter")
 
 
 def test_outputs_that_something_else_uses():
-    refused(Net(lambda s, x: s.norm(y := s.fc(x)) + y, fc=fc(), norm=nn.BatchNorm1d(3)), X, "used 2 times")
-    refused(Net(lambda s, x: s.fc(y := s.norm(x)) + y, fc=fc(), norm=nn.BatchNorm1d(3)), X, "used 2 times")
+    assert_refused(Net(lambda s, x: s.norm(y := s.fc(x)) + y, fc=fc(), norm=nn.BatchNorm1d(3)), X, "used 2 times")
+    assert_refused(Net(lambda s, x: s.fc(y := s.norm(x)) + y, fc=fc(), norm=nn.BatchNorm1d(3)), X, "used 2 times")
 
     def returned(s, x):
         y = s.fc(x)
         return s.norm(y), y
 
-    refused(Net(returned, fc=fc(), norm=nn.BatchNorm1d(3)), X, "used 2 times")
+    assert_refused(Net(returned, fc=fc(), norm=nn.BatchNorm1d(3)), X, "used 2 times")
 
 
 def test_writes_in_place_are_seen():
@@ -455,7 +457,7 @@ def test_writes_in_place_are_seen():
         z += 1
         return s.norm(y)
 
-    refused(Net(into_output, fc=fc(), norm=nn.BatchNorm1d(3)), X, "")
+    assert_refused(Net(into_output, fc=fc(), norm=nn.BatchNorm1d(3)), X, "")
 
     def into_input(s, x):
         u = x * 1
@@ -463,7 +465,7 @@ def test_writes_in_place_are_seen():
         u += 1
         return s.fc(y)
 
-    refused(Net(into_input, fc=fc(), norm=nn.BatchNorm1d(3)), X, "may write into its input")
+    assert_refused(Net(into_input, fc=fc(), norm=nn.BatchNorm1d(3)), X, "may write into its input")
 
     def by_module(s, x):
         u = x * 1
@@ -471,46 +473,48 @@ def test_writes_in_place_are_seen():
         s.relu(u)
         return s.fc(y)
 
-    refused(Net(by_module, fc=fc(), norm=nn.BatchNorm1d(3), relu=nn.ReLU(inplace=True)), X, "may write into its input")
+    assert_refused(
+        Net(by_module, fc=fc(), norm=nn.BatchNorm1d(3), relu=nn.ReLU(inplace=True)), X, "may write into its input"
+    )
 
 
 def test_order_of_declaration_is_not_data_flow():
     net = Net(lambda s, x: s.fc(torch.relu(s.norm(x * 2))), fc=fc(), norm=nn.BatchNorm1d(3))
-    refused(net, X, "its output goes to relu()")
+    assert_refused(net, X, "its output goes to relu()")
 
 
 def test_neighbours_that_are_no_layers():
-    report = refused(nn.Sequential(nn.ReLU(), trained(nn.BatchNorm1d(3)), nn.ReLU()), X, "before: ")
+    report = assert_refused(nn.Sequential(nn.ReLU(), trained(nn.BatchNorm1d(3)), nn.ReLU()), X, "before: ")
     assert "comes from ReLU '0'" in report.refused[0].reason
     assert "goes to ReLU '2'" in report.refused[0].reason
-    refused(trained(nn.BatchNorm1d(3)), X, "is called 1 times, of which the trace shows 0")
+    assert_refused(trained(nn.BatchNorm1d(3)), X, "is called 1 times, of which the trace shows 0")
 
 
 def test_dimensions_that_a_linear_layer_does_not_share():
     sequences = nn.Sequential(nn.Linear(4, 3), trained(nn.BatchNorm1d(3)))
-    refused(sequences, torch.randn(2, 3, 4), "input of 3 dimensions")
+    assert_refused(sequences, torch.randn(2, 3, 4), "input of 3 dimensions")
     square = nn.Sequential(trained(nn.BatchNorm1d(3)), nn.Linear(3, 3))
-    refused(square, torch.randn(2, 3, 3), "input of 3 dimensions")
+    assert_refused(square, torch.randn(2, 3, 3), "input of 3 dimensions")
     unbatched = nn.Sequential(nn.Conv1d(3, 4, 3, padding=1), trained(nn.BatchNorm1d(7)))
-    refused(unbatched, torch.randn(3, 7), "input of 2 dimensions")
+    assert_refused(unbatched, torch.randn(3, 7), "input of 2 dimensions")
 
 
 def test_calls_with_residual_or_mask():
     norm = batchlab.nn.BatchNorm1d(3)
-    refused(Net(lambda s, x: s.norm(s.fc(x), residual=x), fc=fc(), norm=norm), X, "called with residual=")
-    refused(Net(lambda s, x: s.norm(s.fc(x), mask=x[:, :1] > 0), fc=fc(), norm=norm), X, "called with mask=")
-    refused(Net(lambda s, x: s.norm(s.fc(x), mask=None), fc=fc(), norm=norm), X, "called with mask=")
+    assert_refused(Net(lambda s, x: s.norm(s.fc(x), residual=x), fc=fc(), norm=norm), X, "called with residual=")
+    assert_refused(Net(lambda s, x: s.norm(s.fc(x), mask=x[:, :1] > 0), fc=fc(), norm=norm), X, "called with mask=")
+    assert_refused(Net(lambda s, x: s.norm(s.fc(x), mask=None), fc=fc(), norm=norm), X, "called with mask=")
     assert_folds(Net(lambda s, x: s.norm(input=s.fc(input=x)), fc=fc(), norm=nn.BatchNorm1d(3)), X)
 
 
 def test_statistics_that_are_none_or_not_used():
-    refused(nn.Sequential(fc(), nn.BatchNorm1d(3, track_running_stats=False)), X, "no running statistics")
+    assert_refused(nn.Sequential(fc(), nn.BatchNorm1d(3, track_running_stats=False)), X, "no running statistics")
     batch = trained(batchlab.nn.BatchNorm1d(3))
     batch.statistics = "batch"
-    refused(nn.Sequential(fc(), batch), X, "statistics of the batch")
+    assert_refused(nn.Sequential(fc(), batch), X, "statistics of the batch")
     negative = trained(nn.BatchNorm1d(3))
     negative.running_var[1] = -1e-6
-    refused(nn.Sequential(fc(), negative), X, "negative")
+    assert_refused(nn.Sequential(fc(), negative), X, "negative")
     infinite = trained(nn.BatchNorm1d(3))
     infinite.running_mean[0] = torch.inf
     _, report = fold(nn.Sequential(fc(), infinite), X)
@@ -531,12 +535,12 @@ def test_weights_that_overflow():
     norm = trained(nn.BatchNorm1d(3)).half()
     norm.running_var.fill_(0)
     norm.eps = 1e-12
-    refused(nn.Sequential(nn.Linear(3, 3).half(), norm), X.half(), "do not fit into torch.float16")
+    assert_refused(nn.Sequential(nn.Linear(3, 3).half(), norm), X.half(), "do not fit into torch.float16")
 
 
 def test_transposed_convolution_after_a_shift():
     model = nn.Sequential(trained(nn.BatchNorm2d(4)), nn.ConvTranspose2d(4, 6, 3))
-    refused(model, torch.randn(2, 4, 5, 5), "transposed convolution")
+    assert_refused(model, torch.randn(2, 4, 5, 5), "transposed convolution")
 
 
 def test_unknown_subclasses():
@@ -548,25 +552,25 @@ def test_unknown_subclasses():
         def forward(self, x):
             return super().forward(x).clamp(-1, 1)
 
-    refused(nn.Sequential(Doubled(3, 3), trained(nn.BatchNorm1d(3))), X, "Doubled, which extends Linear")
-    refused(nn.Sequential(fc(), trained(Clamped(3))), X, "Clamped, which extends")
+    assert_refused(nn.Sequential(Doubled(3, 3), trained(nn.BatchNorm1d(3))), X, "Doubled, which extends Linear")
+    assert_refused(nn.Sequential(fc(), trained(Clamped(3))), X, "Clamped, which extends")
 
 
 def test_parametrized_and_hooked_layers():
     parametrized = nn.utils.parametrizations.weight_norm(fc())
-    refused(nn.Sequential(parametrized, trained(nn.BatchNorm1d(3))), X, "is parametrized")
+    assert_refused(nn.Sequential(parametrized, trained(nn.BatchNorm1d(3))), X, "is parametrized")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         old = nn.utils.weight_norm(fc())
-    refused(nn.Sequential(old, trained(nn.BatchNorm1d(3))), X, "has forward hooks")
+    assert_refused(nn.Sequential(old, trained(nn.BatchNorm1d(3))), X, "has forward hooks")
     pruned = prune.random_unstructured(fc(), "weight", 0.5)
-    refused(nn.Sequential(pruned, trained(nn.BatchNorm1d(3))), X, "has forward hooks")
+    assert_refused(nn.Sequential(pruned, trained(nn.BatchNorm1d(3))), X, "has forward hooks")
     hooked = nn.Sequential(fc(), trained(nn.BatchNorm1d(3)))
     hooked[1].register_forward_hook(lambda m, args, y: y * 2)
-    refused(hooked, X, "has forward hooks")
+    assert_refused(hooked, X, "has forward hooks")
     patched = nn.Sequential(fc(), trained(nn.BatchNorm1d(3)))
     patched[0].forward = lambda x: x * 2
-    refused(patched, X, "forward of its own")
+    assert_refused(patched, X, "forward of its own")
 
 
 def test_hook_of_a_container_between_the_two():
@@ -574,7 +578,7 @@ def test_hook_of_a_container_between_the_two():
     assert_folds(model, X)
     seen = []
     model[0].register_forward_hook(lambda m, args, y: seen.append(y))
-    refused(model, X, "'0' lies between the two and has forward hooks")
+    assert_refused(model, X, "'0' lies between the two and has forward hooks")
     assert all(isinstance(y, torch.Tensor) for y in seen)  # never a symbol of the trace
     whole = nn.Sequential(nn.Sequential(fc(), trained(nn.BatchNorm1d(3))))
     whole[0].register_forward_hook(lambda m, args, y: y * 2)  # after both: does not matter
@@ -582,9 +586,11 @@ def test_hook_of_a_container_between_the_two():
 
 
 def test_parameters_that_the_forward_reads_itself():
-    refused(Net(lambda s, x: s.norm(s.fc(x)) + s.fc.bias, fc=fc(), norm=nn.BatchNorm1d(3)), X, "also reads directly")
+    assert_refused(
+        Net(lambda s, x: s.norm(s.fc(x)) + s.fc.bias, fc=fc(), norm=nn.BatchNorm1d(3)), X, "also reads directly"
+    )
     net = Net(lambda s, x: s.norm(s.fc(x)) + s.norm.running_mean, fc=fc(), norm=nn.BatchNorm1d(3))
-    refused(net, X, "also reads directly")
+    assert_refused(net, X, "also reads directly")
 
 
 def test_hidden_calls_are_counted():
@@ -600,7 +606,7 @@ def test_hidden_calls_are_counted():
 
     layer = fc()
     net = Net(lambda s, x: s.norm(s.layer(x)) + s.hidden(x), layer=layer, norm=nn.BatchNorm1d(3), hidden=Hidden(layer))
-    refused(net, X, "is called 2 times")
+    assert_refused(net, X, "is called 2 times")
 
 
 def test_what_verification_finds_is_refused_one_by_one():
@@ -611,13 +617,13 @@ def test_what_verification_finds_is_refused_one_by_one():
         return s.norm2(s.fc2(torch.relu(y)))
 
     net = Net(forward, fc1=fc(), fc2=fc(), norm1=nn.BatchNorm1d(3), norm2=nn.BatchNorm1d(3))
-    report = refused(net, X, "the output differs by", name="norm1")
+    report = assert_refused(net, X, "the output differs by", name="norm1")
     assert actions(report) == {"norm1": "refused", "norm2": "folded"}
     net = Net(
         lambda s, x: s.norm2(s.fc2(s.norm1(s.fc1(x)) * s.norm1.num_features)),
         **{"fc1": fc(), "fc2": fc(), "norm1": nn.BatchNorm1d(3), "norm2": nn.BatchNorm1d(3)},
     )
-    report = refused(net, X, "does not run without it: AttributeError", name="norm1")
+    report = assert_refused(net, X, "does not run without it: AttributeError", name="norm1")
     assert actions(report) == {"norm1": "refused", "norm2": "folded"}
     assert report.max_difference <= report.tolerance
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -108,4 +109,5 @@ def write_page(page: Page, path: Path) -> None:
     """Write the page as one HTML file that needs no network and no other file."""
     source = files("batchlab.lab").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    write_text(path, environment.from_string(source).render(page=page))
+    html = environment.from_string(source).render(page=page)
+    write_text(path, re.sub(r"(\d) %", "\\1\u00a0%", html))  # a number and its sign stay on one line

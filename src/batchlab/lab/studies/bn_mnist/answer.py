@@ -9,7 +9,7 @@ from batchlab.lab.comparison import Estimate, StepsToTarget
 from batchlab.lab.studies.bn_mnist.settings import BnMnistSettings
 from batchlab.lab.studies.bn_mnist.summary import Comparison
 
-__all__ = ["answer", "count", "mean_steps", "percent", "ratio_text", "target_name"]
+__all__ = ["answer", "count", "ending", "mean_steps", "percent", "ratio_text", "speed", "target_name"]
 
 
 def count(value: float) -> str:
@@ -56,7 +56,8 @@ def _verdict(ratio: Estimate) -> str:
     return f"{ratio.mean:.1f} times fewer" if ratio.mean >= 1 else f"{1 / ratio.mean:.1f} times more"
 
 
-def _speed(settings: BnMnistSettings, row: StepsToTarget | None) -> str:
+def speed(settings: BnMnistSettings, row: StepsToTarget | None) -> str:
+    """One sentence on the steps to a target."""
     if row is None or row.ratio is None:
         return (
             f"Within {settings.steps:,} steps not every run reached {target_name(settings.targets[0])} of the test "
@@ -76,21 +77,22 @@ def _speed(settings: BnMnistSettings, row: StepsToTarget | None) -> str:
     )
 
 
-def _ending(settings: BnMnistSettings, comparison: Comparison) -> str:
+def ending(settings: BnMnistSettings, comparison: Comparison) -> str:
+    """One sentence, without its full stop, on the accuracy after the last step."""
     gain = comparison.gain
     points = f"{abs(100 * gain.mean):.2f} percentage points"
     if math.isnan(gain.low):
-        ending = f"{'ahead' if gain.mean > 0 else 'behind'} by {points} (one seed, so without an interval)"
+        verdict = f"{'ahead' if gain.mean > 0 else 'behind'} by {points} (one seed, so without an interval)"
     elif gain.low > 0:
-        ending = f"better by {points} (95 % interval {100 * gain.low:.2f} to {100 * gain.high:.2f})"
+        verdict = f"better by {points} (95 % interval {100 * gain.low:.2f} to {100 * gain.high:.2f})"
     elif gain.high < 0:
-        ending = f"worse by {points} (95 % interval {-100 * gain.high:.2f} to {-100 * gain.low:.2f})"
+        verdict = f"worse by {points} (95 % interval {-100 * gain.high:.2f} to {-100 * gain.low:.2f})"
     else:
         interval = f"95 % interval {100 * gain.low:+.2f} to {100 * gain.high:+.2f}"
-        ending = f"no clear difference ({100 * gain.mean:+.2f} percentage points, {interval})"
+        verdict = f"no clear difference ({100 * gain.mean:+.2f} percentage points, {interval})"
     return (
         f"After {settings.steps:,} steps it is right on {100 * comparison.accuracy[1].mean:.2f} % of the test images, "
-        f"against {100 * comparison.accuracy[0].mean:.2f} % without: {ending}"
+        f"against {100 * comparison.accuracy[0].mean:.2f} % without: {verdict}"
     )
 
 
@@ -108,5 +110,5 @@ def _from_a_better_start(control: Comparison | None) -> str:
 def answer(settings: BnMnistSettings, comparisons: Mapping[str, Comparison]) -> list[str]:
     """The two sentences that open the report: how fast; where training ends, and what the control says."""
     own = comparisons["own"]
-    ending = _ending(settings, own) + _from_a_better_start(comparisons.get("well_scaled"))
-    return [_speed(settings, own.headline), ending]
+    last = ending(settings, own) + _from_a_better_start(comparisons.get("well_scaled"))
+    return [speed(settings, own.headline), last]

@@ -9,7 +9,16 @@ from batchlab.lab.comparison import mean_curve
 from batchlab.lab.figures import accuracy_curves, percentile_bands, rate_search
 from batchlab.lab.records import RunRecord
 from batchlab.lab.report import Block, FigureBlock, Gallery, Page, Paragraph, Picture, Section, Table
-from batchlab.lab.studies.bn_mnist.answer import answer, count, mean_steps, percent, ratio_text, target_name
+from batchlab.lab.studies.bn_mnist.answer import (
+    answer,
+    count,
+    ending,
+    mean_steps,
+    percent,
+    ratio_text,
+    speed,
+    target_name,
+)
 from batchlab.lab.studies.bn_mnist.settings import ARMS, BnMnistSettings
 from batchlab.lab.studies.bn_mnist.summary import Comparison, Summary, arm_records
 
@@ -139,9 +148,10 @@ def _why(settings: BnMnistSettings, summary: Summary, drawn: dict[str, str]) -> 
     text = (
         "The paper's explanation is that the distribution of each layer's inputs keeps shifting while the layers below "
         "learn. Over the whole of training, the median input of a unit in the last hidden layer moved through a range "
-        f"of {wander['none'].mean:.1f} without batch norm, {wander['same'].mean:.1f} with it at the same rate, and "
-        f"{wander['own'].mean:.1f} with it at its own best rate (means over the first units of the layer and "
-        f"{settings.seeds} {'seed' if settings.seeds == 1 else 'seeds'})."
+        f"of {wander['none'].mean:.1f} without batch norm and {wander['same'].mean:.1f} with it at the same rate"
+        + (f", {wander['own'].mean:.1f} at its own best rate" if wander["own"] != wander["same"] else "")
+        + f" (means over the first units of the layer and {settings.seeds} "
+        + f"{'seed' if settings.seeds == 1 else 'seeds'})."
     )
     return Section("What happens inside", [FigureBlock(drawn["percentiles"], caption), Paragraph(text)])
 
@@ -197,6 +207,7 @@ def _fairness(settings: BnMnistSettings, summary: Summary, drawn: dict[str, str]
                         f"each arm at its own best rate. {_seeds(settings)}",
                     ),
                     steps_table(scaled, "Training steps to a test accuracy from a well-scaled start."),
+                    Paragraph(f"{speed(settings, scaled.headline)} {ending(settings, scaled)}."),
                 ],
             )
         )
