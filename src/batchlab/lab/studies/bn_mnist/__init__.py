@@ -28,7 +28,7 @@ __all__ = ["STUDY"]
 NAME: Final = "bn-mnist"
 
 
-def _plans(folder: Path, settings: BnMnistSettings, training_images: int) -> dict[str, RunRecord]:
+def _records(folder: Path, settings: BnMnistSettings, training_images: int) -> dict[str, RunRecord]:
     """Records of all runs of a finished study."""
     search = {name: read_record(folder / name) for name in search_plan(settings, training_images)}
     chosen, _ = choose_rates(settings, search)
@@ -36,23 +36,18 @@ def _plans(folder: Path, settings: BnMnistSettings, training_images: int) -> dic
 
 
 def _command(settings: BnMnistSettings) -> str:
-    size = next((name for name, other in SIZES.items() if _like(settings, other) == settings), None)
+    """The words that start this study again."""
+
+    def with_its_options(size: BnMnistSettings) -> BnMnistSettings:
+        return replace(size, dataset=settings.dataset, seeds=settings.seeds, targets=settings.targets)
+
+    size = next((name for name, size in SIZES.items() if with_its_options(size) == settings), None)
     if size is None:
-        return "batchlab study bn-mnist --settings SETTINGS.toml   # the settings are in study.json"
-    parts = ["batchlab study bn-mnist", "" if size == "full" else f"--size {size}"]
-    parts += [f"--seeds {settings.seeds}" if settings.seeds != SIZES[size].seeds else ""]
-    parts += [f"--dataset {settings.dataset}" if settings.dataset != "mnist" else ""]
-    return " ".join(part for part in parts if part)
-
-
-def _like(settings: BnMnistSettings, size: BnMnistSettings) -> BnMnistSettings:
-    """`size` with the options that the command line can change."""
-    return with_options(size, settings.dataset, settings.seeds)
-
-
-def with_options(size: BnMnistSettings, dataset: str, seeds: int) -> BnMnistSettings:
-    """A size with another data set or number of seeds."""
-    return replace(size, dataset=dataset, seeds=seeds, targets=())
+        return "batchlab study bn-mnist --settings SETTINGS.json   # the settings are in study.json"
+    options = {"--size": (size, "full"), "--seeds": (settings.seeds, SIZES[size].seeds)}
+    options["--dataset"] = (settings.dataset, "mnist")
+    words = [f"{name} {value}" for name, (value, default) in options.items() if value != default]
+    return " ".join(["batchlab study bn-mnist", *words])
 
 
 def _print_summary(settings: BnMnistSettings, summary: Summary, page: Path, console: Console) -> None:
@@ -104,17 +99,20 @@ def report(folder: Path, console: Console) -> Path:
     """
     settings, data = read_study(folder, BnMnistSettings)
     training_images = int(data["training_images"])
-    records = _plans(folder, settings, training_images)
-    chosen, scores = choose_rates(settings, records)
-    summary = summarize(settings, records, chosen, scores)
-    if not (folder / MISTAKES_FILE).is_file():
-        raise ValueError(f"{folder / MISTAKES_FILE} is missing: run the study again to finish it")
-    page = build_page(settings, data, records, summary, read_json(folder / MISTAKES_FILE), _command(settings))
-    write_json(folder / "summary.json", to_json(summary))
-    (folder / "figures").mkdir(exist_ok=True)
-    for name, svg in figures(settings, records, summary).items():
-        write_text(folder / "figures" / f"{name}.svg", standalone(svg))
-    write_page(page, folder / "report.html")
+    with console.status("writing the report"):
+        records = _records(folder, settings, training_images)
+        chosen, scores = choose_rates(settings, records)
+        summary = summarize(settings, records, chosen, scores)
+        if not (folder / MISTAKES_FILE).is_file():
+            raise ValueError(f"{folder / MISTAKES_FILE} is missing: run the study again to finish it")
+        mistakes = read_json(folder / MISTAKES_FILE)
+        drawn = figures(settings, records, summary)
+        page = build_page(settings, data, records, summary, mistakes, _command(settings), drawn)
+        write_json(folder / "summary.json", to_json(summary))
+        (folder / "figures").mkdir(exist_ok=True)
+        for name, svg in drawn.items():
+            write_text(folder / "figures" / f"{name}.svg", standalone(svg))
+        write_page(page, folder / "report.html")
     _print_summary(settings, summary, folder / "report.html", console)
     return folder / "report.html"
 

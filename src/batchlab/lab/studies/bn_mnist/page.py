@@ -253,9 +253,9 @@ def build_page(
     summary: Summary,
     mistakes: dict[str, Any],
     command: str,
+    drawn: dict[str, str],
 ) -> Page:
-    """Put the report together."""
-    drawn = figures(settings, records, summary)
+    """Put the report together; `drawn` are the `figures`."""
     own = summary.comparisons["own"]
     rates = f"{own.baseline[1]:g} without, {own.other[1]:g} with"
     some = next(iter(records.values()))
