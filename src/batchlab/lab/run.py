@@ -13,7 +13,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +274,12 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+@lru_cache(maxsize=1)
+def _load_once(name: str, folder: Path | None) -> Dataset:
+    """A worker does many runs on one data set: it reads and verifies the files once."""
+    return load_dataset(name, folder, download=False)
+
+
 def execute(
     settings: RunSettings, folder: Path, data_folder: Path | None, checksum: str, in_worker: bool = False
 ) -> None:
@@ -292,7 +298,7 @@ def execute(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        dataset = load_dataset(settings.data.dataset, data_folder, download=False)
+        dataset = _load_once(settings.data.dataset, data_folder)
         if dataset.checksum != checksum:
             raise ValueError("the data changed while the study was running: start it again")
         run(settings, dataset, folder)

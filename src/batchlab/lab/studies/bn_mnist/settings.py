@@ -104,6 +104,12 @@ SIZES: Final[dict[str, BnMnistSettings]] = {
         well_scaled_std=None,
     ),
     "quick": BnMnistSettings(
-        steps=1_500, seeds=3, rates=(0.1, 0.3, 1.0), search_steps=1_000, search_seeds=1, well_scaled_std=None
+        steps=1_500,
+        seeds=3,
+        rates=(0.1, 0.3, 1.0),
+        search_steps=800,
+        search_seeds=1,
+        well_scaled_std=None,
+        spacing=0.2,
     ),
 }
