@@ -60,6 +60,19 @@ def test_wrong_settings_name_file_and_path(capsys: pytest.CaptureFixture[str], t
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("line", ["steps = 0", "widths = []", "weight_std = -1.0", "rates = [0.0]", "momentum = 1.5"])
+def test_settings_that_no_run_can_have_leave_no_folder(
+    line: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BATCHLAB_OFFLINE", "1")
+    monkeypatch.delenv("BATCHLAB_DATA", raising=False)
+    path = tmp_path / "mine.toml"
+    path.write_text(line)
+    assert main(["study", "bn-mnist", "--settings", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert "allowed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_with_other_things_is_not_touched(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,7 +152,7 @@ class Scored:
 
 
 def test_best_rate_is_chosen_by_validation_and_ties_go_to_the_smaller() -> None:
-    settings = dataclasses.replace(TINY, rates=(0.1, 0.3, 1.0), well_scaled_std=None)
+    settings = dataclasses.replace(TINY, rates=(0.1, 0.3, 1.0), well_scaled_std=0.0)
     accuracies = {"none": (0.5, 0.7, 0.7), "batch_norm": (0.8, 0.9, 0.99)}
     records: dict[str, Any] = {}
     for arm, values in accuracies.items():

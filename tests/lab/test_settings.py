@@ -50,10 +50,10 @@ def test_files_give_back_the_same_settings(
 @pytest.mark.parametrize("study", STUDIES.values(), ids=list(STUDIES))
 def test_every_size_of_every_study_can_be_written_down(study: Any, tmp_path: Path) -> None:
     for name, size in study.sizes.items():
-        # A TOML file has no null: what is None by choice cannot be written, and JSON takes its place.
-        path = tmp_path / f"{name}.json"
-        write_settings(size, path)
-        assert read_settings(path, study.settings) == size
+        for suffix in ("toml", "json"):
+            path = tmp_path / f"{name}.{suffix}"
+            write_settings(size, path)
+            assert read_settings(path, study.settings) == size
 
 
 WRONG = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,14 @@ from batchlab.lab.files import FolderInUseError
 __all__ = ["main"]
 
 
+def _program() -> str:
+    """How to call this program again: its name if that is found, else as it was called."""
+    if shutil.which("batchlab"):
+        return "batchlab"
+    started = sys.argv[0]
+    return "python -m batchlab.cli" if started.endswith("__main__.py") else shlex.quote(started)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong arguments, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -23,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         errors.print("\nStopped. Everything done so far is kept; the same command goes on from there:")
-        errors.print(f"  {shlex.join(['batchlab', *words])}", style="bold", soft_wrap=True, markup=False)
+        errors.print(f"  {_program()} {shlex.join(words)}", style="bold", soft_wrap=True, markup=False)
         return 130
     except (ValueError, FileNotFoundError) as error:
         errors.print(f"batchlab: {error}", soft_wrap=True, markup=False)

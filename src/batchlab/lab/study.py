@@ -105,7 +105,7 @@ def _refuse_mixture(folder: Path, earlier: Any, now: dict[str, Any]) -> None:
     if differences:
         raise ValueError(
             f"{folder} holds a study with other settings ({'; '.join(differences)}): repeat the command it was started "
-            "with to finish it, or choose another folder with --out"
+            "with to finish it, choose another folder with --out, or delete this one"
         )
 
 

@@ -43,7 +43,7 @@ def _command(settings: BnMnistSettings) -> str:
 
     size = next((name for name, size in SIZES.items() if with_its_options(size) == settings), None)
     if size is None:
-        return "batchlab study bn-mnist --settings SETTINGS.json   # the settings are in study.json"
+        return "batchlab study bn-mnist --settings SETTINGS.toml   # the settings are in study.json"
     options = {"--size": (size, "full"), "--seeds": (settings.seeds, SIZES[size].seeds)}
     options["--dataset"] = (settings.dataset, "mnist")
     words = [f"{name} {value}" for name, (value, default) in options.items() if value != default]
@@ -82,8 +82,11 @@ def run(settings: BnMnistSettings, workplace: Workplace) -> Path:
         )
         return {name: read_record(folder / name) for name in plan}
 
+    # Settings that no run can have are refused here, before there is a folder.
+    plan = search_plan(settings, len(dataset.train_images))
+    final_plan(settings, dict.fromkeys(settings.arms, settings.rates[0]))
     with open_folder(folder, STUDY, settings, dataset):
-        search = complete(search_plan(settings, len(dataset.train_images)), "1/2 choosing learning rates")
+        search = complete(plan, "1/2 choosing learning rates")
         chosen, scores = choose_rates(settings, search)
         records = search | complete(final_plan(settings, chosen), "2/2 training             ")
         summary = summarize(settings, records, chosen, scores)

@@ -20,8 +20,7 @@ def run_name(stage: str, arm: str, rate: float, seed: int) -> str:
 
 
 def _run(settings: BnMnistSettings, arm: Arm, rate: float, seed: int, steps: int, validation: int) -> RunSettings:
-    well_scaled = settings.well_scaled_std if arm.well_scaled else None
-    std = settings.weight_std if well_scaled is None else well_scaled
+    std = settings.well_scaled_std if arm.well_scaled else settings.weight_std
     return RunSettings(
         data=DataSettings(settings.dataset, binarize=True, validation=validation),
         network=NetworkSettings(settings.widths, "sigmoid", arm.normalization, std),

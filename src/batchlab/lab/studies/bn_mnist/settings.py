@@ -49,7 +49,7 @@ class BnMnistSettings:
         batch_size: the paper has 60.
         widths: the paper has three layers of 100.
         weight_std: of the "small random Gaussian values" the weights start from.
-        well_scaled_std: the start of the control arms, near 1/√(units); None leaves these arms out.
+        well_scaled_std: the start of the control arms, near 1/√(units); 0 leaves these arms out.
         momentum: of the gradient descent.
         held_out_share: share of the training images that the search validates on.
         spacing: how far apart evaluations are, as a share of the steps done.
@@ -65,7 +65,7 @@ class BnMnistSettings:
     batch_size: int = 60
     widths: tuple[int, ...] = (100, 100, 100)
     weight_std: float = 0.01
-    well_scaled_std: float | None = 0.1
+    well_scaled_std: float = 0.1
     momentum: float = 0.9
     held_out_share: float = 1 / 6
     spacing: float = 0.05
@@ -90,7 +90,7 @@ class BnMnistSettings:
     @property
     def arms(self) -> dict[str, Arm]:
         """The arms that this study runs."""
-        return {name: arm for name, arm in ARMS.items() if not arm.well_scaled or self.well_scaled_std is not None}
+        return {name: arm for name, arm in ARMS.items() if not arm.well_scaled or self.well_scaled_std > 0}
 
 
 SIZES: Final[dict[str, BnMnistSettings]] = {
@@ -101,7 +101,7 @@ SIZES: Final[dict[str, BnMnistSettings]] = {
         rates=(0.03, 0.1, 0.3, 1.0, 3.0),
         search_steps=4_000,
         search_seeds=1,
-        well_scaled_std=None,
+        well_scaled_std=0.0,
     ),
     "quick": BnMnistSettings(
         steps=1_500,
@@ -109,7 +109,7 @@ SIZES: Final[dict[str, BnMnistSettings]] = {
         rates=(0.1, 0.3, 1.0),
         search_steps=800,
         search_seeds=1,
-        well_scaled_std=None,
+        well_scaled_std=0.0,
         spacing=0.2,
     ),
 }
