@@ -412,9 +412,7 @@ def test_wrong_arguments(arguments, error, match):
 # --- ranks ---------------------------------------------------------------------------------------------------------
 
 
-def ranks(rank, address, queue):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
+def recalibrate_on_ranks(rank):
     world = torch.distributed.group.WORLD
     batches = uneven((3,))
     plain = recalibrate(nn.BatchNorm1d(3), batches[:3] if rank == 0 else batches[3:], process_group=world)
@@ -427,7 +425,15 @@ def ranks(rank, address, queue):
         recalibrate(model, failing_iterator(RuntimeError("mine")) if rank == 0 else batches, process_group=world)
     assert model.running_mean.eq(0).all()
     results = [plain.running_mean, plain.running_var, empty.running_mean, empty.running_var]
-    queue.put((rank, [t.tolist() for t in [*results, deep[1].running_mean, deep[1].running_var]]))
+    return [t.tolist() for t in [*results, deep[1].running_mean, deep[1].running_var]]
+
+
+def ranks(rank, address, queue):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
+    # In a function of its own, so that nothing holds the group when it is destroyed: gloo's
+    # threads may abort a process that ends while they still run.
+    queue.put((rank, recalibrate_on_ranks(rank)))
     torch.distributed.destroy_process_group()
 
 

@@ -27,7 +27,7 @@ from batchlab.lab.data import Dataset
 from batchlab.lab.files import read_json
 from batchlab.lab.settings import RunSettings, from_dict, to_dict
 
-__all__ = ["RunRecord", "describe_environment", "describe_run", "read_metrics", "read_record"]
+__all__ = ["RunRecord", "describe_data", "describe_environment", "describe_run", "read_metrics", "read_record"]
 
 
 def _processor() -> str:
@@ -71,17 +71,21 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
+def describe_data(dataset: Dataset) -> dict[str, Any]:
+    """Which data, where it was found (not in which folder), and its checksum."""
+    return {
+        "name": dataset.name,
+        "source": dataset.source,
+        "description": dataset.description,
+        "checksum": dataset.checksum,
+    }
+
+
 def describe_run(settings: RunSettings, dataset: Dataset) -> dict[str, Any]:
     """The content of run.json."""
     return {
         "settings": to_dict(settings),
-        "data": {
-            "name": dataset.name,
-            "source": dataset.source,
-            "description": dataset.description,
-            "checksum": dataset.checksum,
-            "evaluated_on": "validation" if settings.data.validation else "test",
-        },
+        "data": describe_data(dataset) | {"evaluated_on": "validation" if settings.data.validation else "test"},
         "environment": describe_environment(),
     }
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from batchlab.lab.data import Dataset
 from batchlab.lab.files import locked, read_json, write_json
+from batchlab.lab.records import describe_data
 from batchlab.lab.settings import from_dict, to_dict
 
 __all__ = ["Study", "Workplace", "open_folder", "read_study"]
@@ -76,13 +77,7 @@ def open_folder(folder: Path, study: Study, settings: Any, dataset: Dataset) -> 
     content = {
         "study": study.name,
         "settings": to_dict(settings),
-        "data": {
-            "name": dataset.name,
-            "source": dataset.source,
-            "description": dataset.description,
-            "checksum": dataset.checksum,
-            "training_images": len(dataset.train_images),
-        },
+        "data": describe_data(dataset) | {"training_images": len(dataset.train_images)},
     }
     with locked(folder, "study"):
         path = folder / STUDY_FILE
