@@ -5,7 +5,7 @@
 not imported here.
 """
 
-from batchlab import functional, nn, reference, surgery
+from batchlab import functional, nn, optim, reference, surgery
 
-__all__ = ["__version__", "functional", "nn", "reference", "surgery"]
+__all__ = ["__version__", "functional", "nn", "optim", "reference", "surgery"]
 __version__ = "0.1.0"

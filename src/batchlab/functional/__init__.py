@@ -1,5 +1,16 @@
 """Public functions: each checks its arguments, chooses a backend and defines the gradient; no state of its own."""
 
 from batchlab.functional.batch_norm import batch_norm, update_running_statistics
+from batchlab.functional.dropout_pattern import draw_pattern
+from batchlab.functional.submatrix import submatrix, submatrix_conv, submatrix_linear
+from batchlab.functional.submatrix_gradient import SubmatrixGradient
 
-__all__ = ["batch_norm", "update_running_statistics"]
+__all__ = [
+    "SubmatrixGradient",
+    "batch_norm",
+    "draw_pattern",
+    "submatrix",
+    "submatrix_conv",
+    "submatrix_linear",
+    "update_running_statistics",
+]

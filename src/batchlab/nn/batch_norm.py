@@ -130,6 +130,29 @@ class _BatchNorm(_TorchBatchNorm):
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
         # Each attribute that is a parameter or buffer is a search in nn.Module: look once.
         mean, var = self.running_mean, self.running_var
+        return self.normalize(x, mean, var, self.weight, self.bias, residual, mask)
+
+    def normalize(
+        self,
+        x: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """What `forward` does, on tensors that are given instead of the layer's own: those of some channels, say.
+
+        Args:
+            x: the input, channels in dimension 1.
+            mean: running mean, updated in place where the layer updates its own.
+            var: running variance, likewise.
+            weight: scale of each channel.
+            bias: shift of each channel.
+            residual: see `forward`.
+            mask: see `forward`.
+        """
         use_batch = self._statistics == "batch" or mean is None or (self._statistics == "auto" and self.training)
         update = mean is not None and self.training and self.track_running_stats and self.update_statistics
         keep_out = use_batch and not update
@@ -138,8 +161,8 @@ class _BatchNorm(_TorchBatchNorm):
             x,
             None if keep_out else mean,
             None if keep_out else var,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             use_batch,
             self.momentum,
             self.eps,

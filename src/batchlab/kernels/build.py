@@ -1,0 +1,112 @@
+"""Compile a kernel at its first use, keep it in the user's cache, and say why where that cannot be done."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import torch
+
+__all__ = ["BuildError", "build", "cache_folder"]
+
+FLAGS: Final = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+"""The last one: torch's stable interface as of 2.11, so that a build serves later versions of torch too."""
+
+TIMEOUT: Final = 300.0
+
+
+class BuildError(RuntimeError):
+    """A kernel could not be built; the message says why and what serves instead."""
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: $BATCHLAB_KERNELS, or batchlab/kernels in the user's cache."""
+    chosen = os.environ.get("BATCHLAB_KERNELS")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchlab" / "kernels"
+
+
+@cache
+def _processor() -> str:
+    """What -march=native depends on; a home folder may be shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+        if name and name == os.environ.get("CXX"):
+            break  # an explicit choice is not replaced by another
+    raise BuildError("there is no C++ compiler (looked for $CXX, c++, g++, clang++)")
+
+
+def _writable(folder: Path) -> Path:
+    """The folder, or a private one for this process where it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="batchlab-"))
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="batchlab-"))
+
+
+def build(source: Path) -> Path:
+    """Return the compiled library of a C++ source, compiling it if the cache has none for this machine.
+
+    The result appears in the cache under its final name at once, so processes that build together do not disturb each
+    other, and a killed build leaves nothing that a later one would trust.
+
+    Raises:
+        BuildError: no compiler, or it failed; with its first lines of output.
+    """
+    torch_folder = Path(torch.__file__).parent
+    text = source.read_bytes()
+    key = hashlib.sha256(
+        b"\0".join(
+            [text, torch.__version__.encode(), " ".join(FLAGS).encode(), _processor().encode(), sys.platform.encode()]
+        )
+    ).hexdigest()[:16]
+    target = cache_folder() / f"{source.stem}-{key}.so"
+    if target.is_file():
+        return target
+    compiler = _compiler()
+    folder = _writable(target.parent)
+    started = time.perf_counter()
+    print(f"batchlab: compiling {source.name}, once (a few seconds) ...", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(prefix="batchlab-") as work:
+        built = Path(work) / target.name
+        command = [compiler, *FLAGS, f"-I{torch_folder / 'include'}", str(source), "-o", str(built)]
+        command += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise BuildError(f"{compiler} did not compile {source.name}: {error}") from error
+        if done.returncode != 0:
+            raise BuildError(f"{compiler} did not compile {source.name}: {done.stderr.strip()[:600]}")
+        handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
+        os.close(handle)
+        try:
+            shutil.copyfile(built, partial)
+            Path(partial).chmod(0o755)
+            Path(partial).replace(folder / target.name)
+        except OSError as error:
+            Path(partial).unlink(missing_ok=True)
+            raise BuildError(f"{folder} cannot hold the compiled {source.name}: {error}") from error
+    seconds = time.perf_counter() - started
+    print(f"batchlab: compiled {source.name} in {seconds:.0f} s, kept in {folder}", file=sys.stderr, flush=True)
+    return folder / target.name

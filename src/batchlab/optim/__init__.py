@@ -1,0 +1,5 @@
+"""Optimizers that know the mechanisms, where torch's cannot."""
+
+from batchlab.optim.submatrix_sgd import SubmatrixSGD
+
+__all__ = ["SubmatrixSGD"]
