@@ -25,7 +25,7 @@ from batchlab.lab.data import Dataset, hold_out, load_dataset
 from batchlab.lab.files import locked, read_json, write_bytes, write_json, write_text
 from batchlab.lab.networks import MLP
 from batchlab.lab.records import describe_run
-from batchlab.lab.settings import RunSettings
+from batchlab.lab.settings import RunSettings, from_dict, to_dict
 from batchlab.lab.training import (
     activation_percentiles,
     batch_order,
@@ -68,7 +68,9 @@ def build_network(settings: RunSettings, dataset: Dataset) -> MLP:
     """The untrained network of a run; its weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        return MLP(dataset.train_images[0].numel(), len(dataset.class_names), settings.network)
+        network = MLP(dataset.train_images[0].numel(), len(dataset.class_names), settings.network)
+        network.first_pattern = settings.seed * 1_000_003
+        return network
 
 
 @dataclass
@@ -115,6 +117,9 @@ def _measure(
 ) -> dict[str, Any]:
     loss, accuracy = evaluate(network, inputs.held_out_images, inputs.held_out_labels)
     line: dict[str, Any] = {"step": step, "train_loss": train_loss, "loss": loss, "accuracy": accuracy}
+    if settings.training_errors:
+        right = evaluate(network, inputs.train_images, inputs.train_labels)[1]
+        line["training_errors"] = round((1 - right) * len(inputs.train_labels))
     if settings.probe_units:
         probe = inputs.held_out_images[: PROBE_IMAGES - PROBE_IMAGES % settings.batch_size]
         line["percentiles"] = activation_percentiles(network, probe, settings.batch_size, settings.probe_units)
@@ -171,13 +176,15 @@ def run(
         ValueError: the folder holds a run with other settings or other data.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, "run", patience=60):
+    with locked(folder, "run", patience=60), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)  # of dropout; first weights and order of images have seeds of their own
         _run_locked(settings, dataset, folder, on_evaluation, checkpoint_seconds)
 
 
 def _refuse_mixture(folder: Path, earlier: Any, record: dict[str, Any]) -> None:
-    old, new = earlier.get("settings"), record["settings"]
-    if old != new:
+    old, new = earlier.get("settings", {}), record["settings"]
+    # A record from before a setting existed was made with what is now its default.
+    if to_dict(from_dict(old, RunSettings)) != new:
         raise ValueError(
             f"{folder} holds a run with other settings ({old}, not {new}): choose another folder, or delete that one"
         )
@@ -211,7 +218,7 @@ def _run_locked(
     write_text(folder / "metrics.jsonl", _lines(state.metrics))
     status, saved_at = "finished", time.perf_counter()
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-        for goal in evaluation_steps(settings.steps, settings.spacing):
+        for goal in evaluation_steps(settings.steps, settings.spacing, settings.evaluate_every):
             if goal < state.step or (state.metrics and goal == state.step):
                 continue
             order = batch_order(len(inputs.train_labels), settings.batch_size, settings.seed, state.step, goal)
@@ -225,6 +232,7 @@ def _run_locked(
                 order,
                 state.step,
                 settings.steps,
+                settings.network.dropout.patterns,
             )
             state.seconds += time.perf_counter() - started
             state.step = goal

@@ -16,8 +16,10 @@ from cattrs import transform_error
 from cattrs.v import format_exception
 
 __all__ = [
+    "ALGORITHMS",
     "SCHEDULES",
     "DataSettings",
+    "DropoutSettings",
     "NetworkSettings",
     "OptimizerSettings",
     "RunSettings",
@@ -27,6 +29,8 @@ __all__ = [
     "to_dict",
     "write_settings",
 ]
+
+ALGORITHMS: Final = ("sgd", "submatrix_sgd")
 
 SCHEDULES: Final = ("constant", "linear", "cosine", "exponential")
 
@@ -64,6 +68,34 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
+class DropoutSettings:
+    """Which dropout a network has, and how much of it.
+
+    Args:
+        kind: name of the mechanism, see `batchlab.lab.networks.DROPOUTS`.
+        input: share of the inputs that is dropped.
+        hidden: share of each hidden layer's units that is dropped.
+        patterns: how many different patterns there are, used in turn by the batches; 0: a new one for each batch.
+    """
+
+    kind: str = "none"
+    input: float = 0.2
+    hidden: float = 0.5
+    patterns: int = 0
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.input < 1, "dropout.input", self.input, "from 0 to below 1")
+        _require(0 <= self.hidden < 1, "dropout.hidden", self.hidden, "from 0 to below 1")
+        _require(self.patterns >= 0, "dropout.patterns", self.patterns, "0 (a new one each batch) or a count")
+        _require(
+            self.patterns == 0 or self.kind.startswith("batchwise"),
+            "dropout.patterns",
+            self.patterns,
+            f"0 for {self.kind!r}: only batchwise dropout has patterns to repeat",
+        )
+
+
+@dataclass(frozen=True)
 class NetworkSettings:
     """A multilayer perceptron; see `batchlab.lab.networks.MLP`.
 
@@ -71,17 +103,20 @@ class NetworkSettings:
         widths: units of each hidden layer.
         activation: name of the nonlinearity, see `batchlab.lab.networks.ACTIVATIONS`.
         normalization: name of the mechanism before it, see `batchlab.lab.networks.NORMALIZATIONS`.
-        weight_std: standard deviation of the initial Gaussian weights.
+        weight_std: standard deviation of the initial Gaussian weights; 0: weights uniform within ±1/√(inputs), and
+            zeros in the last layer, as in the code of Graham et al. (2015).
+        dropout: of inputs and hidden units.
     """
 
     widths: tuple[int, ...] = (100, 100, 100)
     activation: str = "sigmoid"
     normalization: str = "none"
     weight_std: float = 0.1
+    dropout: DropoutSettings = field(default_factory=DropoutSettings)
 
     def __post_init__(self) -> None:
         _require(bool(self.widths) and min(self.widths) > 0, "widths", self.widths, "one or more positive numbers")
-        _require(self.weight_std > 0, "weight_std", self.weight_std, "above 0")
+        _require(self.weight_std >= 0, "weight_std", self.weight_std, "above 0, or 0 for uniform weights")
 
 
 @dataclass(frozen=True)
@@ -96,6 +131,7 @@ class OptimizerSettings:
         schedule: "constant"; or from `learning_rate` to `learning_rate · final` by a "linear", "cosine" or
             "exponential" law over the run.
         final: the last learning rate as a share of the first.
+        algorithm: "sgd"; or "submatrix_sgd", which changes only what batchwise dropout kept.
     """
 
     learning_rate: float = 0.1
@@ -104,6 +140,7 @@ class OptimizerSettings:
     weight_decay: float = 0.0
     schedule: str = "constant"
     final: float = 0.01
+    algorithm: str = "sgd"
 
     def __post_init__(self) -> None:
         _require(
@@ -113,6 +150,7 @@ class OptimizerSettings:
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         _require(self.schedule in SCHEDULES, "schedule", self.schedule, ", ".join(SCHEDULES))
         _require(0 < self.final <= 1, "final", self.final, "above 0, at most 1")
+        _require(self.algorithm in ALGORITHMS, "algorithm", self.algorithm, ", ".join(ALGORITHMS))
 
 
 @dataclass(frozen=True)
@@ -125,6 +163,8 @@ class RunSettings:
         seed: of the initial weights and of the order of the images; arms with the same seed share both.
         spacing: how far apart evaluations are, as a share of the steps done: 0.05 evaluates every 5 %.
         probe_units: for how many units of the last hidden layer the percentiles of the input are recorded.
+        evaluate_every: steps between evaluations; 0: as `spacing` says.
+        training_errors: whether each evaluation counts the training images that are recognized wrongly, too.
     """
 
     data: DataSettings = field(default_factory=DataSettings)
@@ -135,12 +175,15 @@ class RunSettings:
     seed: int = 0
     spacing: float = 0.05
     probe_units: int = 5
+    evaluate_every: int = 0
+    training_errors: bool = False
 
     def __post_init__(self) -> None:
         _require(self.steps > 0, "steps", self.steps, "above 0")
         _require(self.batch_size > 1, "batch_size", self.batch_size, "2 or more")
         _require(0 <= self.seed < 2**31, "seed", self.seed, "0 to 2147483647")
         _require(0 < self.spacing <= 1, "spacing", self.spacing, "above 0, at most 1")
+        _require(self.evaluate_every >= 0, "evaluate_every", self.evaluate_every, "0 (by spacing) or a number of steps")
         _require(
             0 <= self.probe_units <= self.network.widths[-1],
             "probe_units",

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from batchlab.lab.networks import MLP
 from batchlab.lab.settings import OptimizerSettings
+from batchlab.optim import SubmatrixSGD
 
 __all__ = [
     "PERCENTILES",
@@ -51,8 +52,16 @@ def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
     return settings.learning_rate * shares[settings.schedule]
 
 
-def sgd(network: nn.Module, settings: OptimizerSettings) -> torch.optim.SGD:
+def sgd(network: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """The optimizer of the settings: one fused pass over parameters, gradients and momentum."""
+    if settings.algorithm == "submatrix_sgd":
+        return SubmatrixSGD(
+            network.parameters(),
+            lr=settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.nesterov,
+        )
     return torch.optim.SGD(
         network.parameters(),
         lr=settings.learning_rate,
@@ -80,14 +89,19 @@ def batch_order(count: int, batch_size: int, seed: int, first: int, last: int) -
         yield order[position * batch_size : (position + 1) * batch_size]
 
 
-def evaluation_steps(steps: int, spacing: float) -> list[int]:
+def evaluation_steps(steps: int, spacing: float, every: int = 0) -> list[int]:
     """After how many steps to evaluate: from 0, each `spacing` later than the last (at least 10 steps), to `steps`.
 
-    Spacing in proportion gives a number of steps to a target the same relative resolution early and late.
+    Spacing in proportion gives a number of steps to a target the same relative resolution early and late; `every`, if
+    it is not 0, evaluates at equal distances instead.
 
     >>> evaluation_steps(100, 0.5)
     [0, 10, 20, 30, 50, 70, 100]
+    >>> evaluation_steps(100, 0.5, every=40)
+    [0, 40, 80, 100]
     """
+    if every:
+        return [*range(0, steps, every), steps]
     points = [0]
     while points[-1] < steps:
         gap = max(10, round(points[-1] * spacing, -1))
@@ -104,8 +118,12 @@ def train(
     order: Iterator[Tensor],
     first: int,
     steps: int,
+    patterns: int = 0,
 ) -> float:
-    """Train on the batches of `order`, whose first is step `first` of `steps`; returns the mean cross-entropy."""
+    """Train on the batches of `order`, whose first is step `first` of `steps`; returns the mean cross-entropy.
+
+    With `patterns`, an MLP's batchwise dropout uses that many patterns in turn.
+    """
     network.train()
     total, count = torch.zeros(()), 0
     changing = settings.schedule != "constant"
@@ -113,6 +131,8 @@ def train(
         if changing:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, step, steps)
+        if patterns and isinstance(network, MLP):
+            network.choose_pattern(step % patterns)
         loss = F.cross_entropy(network(images[indices]), labels[indices])
         optimizer.zero_grad()
         loss.backward()

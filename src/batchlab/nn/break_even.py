@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from statistics import median
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from batchlab.functional.submatrix import ACCEPTS
 from batchlab.functional.submatrix_gradient import SubmatrixGradient
 from batchlab.functional.submatrix_step import momentum_step
 
-if TYPE_CHECKING:
-    from batchlab.nn.submatrix_sequential import SubmatrixSequential
-
 __all__ = ["faster_mode"]
 
 ROUNDS: Final = 7
@@ -24,7 +21,7 @@ CLEAR: Final = 1.5
 """A ratio of two times that needs no second look."""
 
 
-def _key(chain: SubmatrixSequential, x: Tensor) -> tuple[Any, ...]:
+def _key(chain: nn.Module, x: Tensor) -> tuple[Any, ...]:
     """What the choice depends on; batch sizes count by powers of two, so that an odd last batch is no new case."""
     batch = x.shape[0].bit_length() if x.ndim and x.shape[0] else 0
     dropouts = tuple((m.p, m.exact) for m in chain.modules() if hasattr(m, "kept") and getattr(m, "active", False))
@@ -32,7 +29,7 @@ def _key(chain: SubmatrixSequential, x: Tensor) -> tuple[Any, ...]:
     return batch, x.shape[1:], x.dtype, x.device, dropouts, torch.is_grad_enabled(), threads
 
 
-def _copy(chain: SubmatrixSequential) -> SubmatrixSequential:
+def _copy(chain: nn.Module) -> nn.Module:
     """A copy to train for nothing: same values, and gradients of the same kind."""
     twin = copy.deepcopy(chain)
     for own, other in zip(chain.parameters(), twin.parameters(), strict=True):
@@ -44,9 +41,9 @@ def _copy(chain: SubmatrixSequential) -> SubmatrixSequential:
     return twin
 
 
-def _step(twin: SubmatrixSequential, velocities: dict[nn.Parameter, Tensor], x: Tensor, mode: str) -> float:
+def _step(twin: nn.Module, velocities: dict[nn.Parameter, Tensor], x: Tensor, mode: str) -> float:
     """Seconds of a forward, a backward, and the optimizer's work where that depends on the gradient's kind."""
-    twin.mode = mode
+    twin.mode = mode  # type: ignore[assignment]
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
     started = time.perf_counter()
@@ -68,7 +65,7 @@ def _step(twin: SubmatrixSequential, velocities: dict[nn.Parameter, Tensor], x: 
     return time.perf_counter() - started
 
 
-def _measure(chain: SubmatrixSequential, x: Tensor) -> str:
+def _measure(chain: nn.Module, x: Tensor) -> str:
     twin = _copy(chain)
     x = x.detach().clone().requires_grad_(x.requires_grad)
     velocities: dict[nn.Parameter, Tensor] = {}
@@ -85,7 +82,7 @@ def _measure(chain: SubmatrixSequential, x: Tensor) -> str:
     return min(middle, key=lambda mode: middle[mode])
 
 
-def faster_mode(chain: SubmatrixSequential, x: Tensor, known: dict[Any, str]) -> str:
+def faster_mode(chain: nn.Module, x: Tensor, known: dict[Any, str]) -> str:
     """The faster mode for batches like `x`: from `known`, or measured on a copy and remembered there.
 
     Parameters, buffers, gradients and random states are as before.

@@ -95,7 +95,10 @@ class SubmatrixSequential(nn.Sequential):
 
     def extra_repr(self) -> str:
         """The mode, then what each dropout saves."""
-        return "\n".join([f"mode={self._mode!r}", *describe(self.steps())])
+        steps = self.steps()
+        if not any(kind == "dropout" for _, _, kind in steps):
+            return ""  # there is nothing to choose
+        return "\n".join([f"mode={self._mode!r}", *describe(steps)])
 
 
 CHAINS: Final = frozenset({nn.Sequential, SubmatrixSequential})
