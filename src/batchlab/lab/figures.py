@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 import matplotlib as mpl
@@ -16,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from batchlab.lab.comparison import Curve
 
-__all__ = ["COLORS", "accuracy_curves", "percentile_bands", "rate_search", "standalone"]
+__all__ = ["COLORS", "Line", "accuracy_curves", "line_figure", "percentile_bands", "rate_search", "standalone"]
 
 COLORS: Final = ("#e8710a", "#2f7de1", "#12a37a", "#b052c9")
 # Stand-ins that no figure uses otherwise; `_to_svg` turns them into the page's own colours.
@@ -194,5 +195,83 @@ def rate_search(
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if max(scores) - floor > 0.1 else 1))
         axes.set_xlabel("learning rate")
         axes.set_ylabel("validation accuracy")
+        _legend_above(axes)
+        return _to_svg(figure, description)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points with an interval each; `low` and `high` are empty where there is none.
+
+    Args:
+        x: positions.
+        y: values.
+        low: lower ends.
+        high: upper ends.
+        dashed: drawn as something computed rather than measured.
+    """
+
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    dashed: bool = False
+
+
+def line_figure(
+    name: str,
+    lines: Mapping[str, Line],
+    *,
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    percent: bool = False,
+    limits: tuple[float | None, float | None] = (None, None),
+    ticks: Sequence[float] = (),
+    levels: Mapping[str, float] | None = None,
+    description: str,
+) -> str:
+    """Lines with their intervals.
+
+    Args:
+        name: of the figure.
+        lines: label -> line, at most eight.
+        x_label: what the positions are, with their unit.
+        y_label: what the values are, with their unit.
+        log_x: logarithmic positions.
+        log_y: logarithmic values.
+        percent: values are shares, shown as per cent.
+        limits: lowest and highest value shown.
+        ticks: marks on the value axis; empty: chosen.
+        levels: values to draw a thin line at, by what to write there.
+        description: for readers who do not see the picture.
+    """
+    with _figure(name) as (figure, (axes,)):
+        colors = (*COLORS, "#8a8f98", "#c2185b", "#7a5c00", "#00838f")
+        for (label, line), color in zip(lines.items(), colors, strict=False):
+            style = "--" if line.dashed else "-"
+            mark = "o" if len(line.x) <= 12 else None
+            axes.plot(line.x, line.y, color=color, label=label, linestyle=style, marker=mark, markersize=3.5)
+            if len(line.low) and not any(math.isnan(value) for value in line.low):
+                axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.2, linewidth=0)
+        if log_x:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        if log_y:
+            axes.set_yscale("log")
+        axes.set_ylim(*limits)
+        if ticks:
+            axes.set_yticks(list(ticks))
+            axes.minorticks_off()
+        if percent:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+        elif log_y:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        for text, value in (levels or {}).items():
+            axes.axhline(value, color=_INK, linewidth=0.7, linestyle=":")
+            axes.annotate(text, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
         _legend_above(axes)
         return _to_svg(figure, description)

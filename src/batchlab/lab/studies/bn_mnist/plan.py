@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from batchlab.lab.comparison import final_score
 from batchlab.lab.records import RunRecord
 from batchlab.lab.settings import DataSettings, NetworkSettings, OptimizerSettings, RunSettings
+from batchlab.lab.studies import search
 from batchlab.lab.studies.bn_mnist.settings import Arm, BnMnistSettings
+from batchlab.lab.studies.search import SEARCH_SEED, Scores, run_name
 
 __all__ = ["SEARCH_SEED", "choose_rates", "final_plan", "run_name", "search_plan"]
-
-SEARCH_SEED = 1000  # the search's seeds start here, so that no final run was chosen by its own luck
-
-
-def run_name(stage: str, arm: str, rate: float, seed: int) -> str:
-    """The folder of a run, under the study's."""
-    return f"runs/{stage}/{arm}-rate{rate:g}-seed{seed}"
 
 
 def _run(settings: BnMnistSettings, arm: Arm, rate: float, seed: int, steps: int, validation: int) -> RunSettings:
@@ -44,26 +38,9 @@ def search_plan(settings: BnMnistSettings, training_images: int) -> dict[str, Ru
     }
 
 
-def choose_rates(
-    settings: BnMnistSettings, records: Mapping[str, RunRecord]
-) -> tuple[dict[str, float], dict[str, dict[float, list[float]]]]:
-    """Each arm's best rate, and all scores: the mean validation accuracy over the last fifth of the steps.
-
-    A run that diverged scores 0; of equal rates the smaller wins.
-    """
-    seeds = range(SEARCH_SEED, SEARCH_SEED + settings.search_seeds)
-    scores = {
-        name: {
-            rate: [final_score(records[run_name("search", name, rate, seed)]) for seed in seeds]
-            for rate in sorted(settings.rates)
-        }
-        for name in settings.arms
-    }
-
-    def best(rates: Mapping[float, Sequence[float]]) -> float:
-        return max(rates, key=lambda rate: (sum(rates[rate]), -rate))
-
-    return {name: best(rates) for name, rates in scores.items()}, scores
+def choose_rates(settings: BnMnistSettings, records: Mapping[str, RunRecord]) -> tuple[dict[str, float], Scores]:
+    """Each arm's best rate, and all scores of the search."""
+    return search.choose_rates(settings.arms, settings.rates, settings.search_seeds, records)
 
 
 def final_plan(settings: BnMnistSettings, chosen: Mapping[str, float]) -> dict[str, RunSettings]:

@@ -98,6 +98,6 @@ SIZES: Final[dict[str, DropoutMnistSettings]] = {
     "full": DropoutMnistSettings(),
     "demo": DropoutMnistSettings(steps=6_000, seeds=3, rates=(0.1, 0.3), search_steps=1_800, evaluate_every=300),
     "quick": DropoutMnistSettings(
-        steps=400, seeds=2, rates=(0.1,), search_steps=40, widths=(400, 400), small_widths=(40, 40), evaluate_every=40
+        steps=400, seeds=3, rates=(0.1,), search_steps=40, widths=(400, 400), small_widths=(40, 40), evaluate_every=40
     ),
 }

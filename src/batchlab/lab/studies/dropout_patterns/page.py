@@ -1,0 +1,200 @@
+"""The report of the study dropout-patterns: sentences, tables, figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from batchlab.lab.comparison import Estimate, estimate
+from batchlab.lab.figures import Line, line_figure, rate_search
+from batchlab.lab.records import RunRecord
+from batchlab.lab.report import FigureBlock, Page, Paragraph, Section, Table
+from batchlab.lab.studies.dropout_mnist.answer import difference, percent
+from batchlab.lab.studies.dropout_patterns.settings import DropoutPatternsSettings, arms, label
+from batchlab.lab.studies.dropout_patterns.summary import Summary, arm_records
+
+__all__ = ["answer", "build_page", "error_table", "figures", "verdict_table"]
+
+
+def answer(settings: DropoutPatternsSettings, summary: Summary) -> list[str]:
+    """The sentences that open the report."""
+    few = min(settings.patterns)
+    worst = summary.errors[f"patterns{few}"]
+    if summary.enough is None:
+        most = max(settings.patterns)
+        end = f"even {most:,} patterns differ clearly from a new one each batch."
+    else:
+        end = f"from {summary.enough:,} patterns on there is no clear difference to a new one each batch."
+    return [
+        f"With an exact number of kept units {percent(summary.errors['exact'])} of the test images are recognized "
+        f"wrongly, with units kept independently {percent(summary.errors['bernoulli'])}: "
+        f"{difference(summary.more_than_exact['bernoulli'])}.",
+        f"With {few:,} {'pattern' if few == 1 else 'patterns'} for the whole training it is {percent(worst)}; {end}",
+    ]
+
+
+def error_table(settings: DropoutPatternsSettings, summary: Summary, caption: str) -> Table:
+    """Each arm's test error, and how much more it is than with a new exact pattern each batch."""
+
+    def more(name: str) -> str:
+        if name not in summary.more_than_exact:
+            return "–"
+        gap = summary.more_than_exact[name]
+        interval = "" if gap.low != gap.low else f" ({100 * gap.low:+.2f} to {100 * gap.high:+.2f})"
+        return f"{100 * gap.mean:+.2f}{interval}"
+
+    rows = [
+        [label(name), f"{summary.chosen[name]:g}", percent(summary.errors[name]), more(name)] for name in arms(settings)
+    ]
+    return Table(["dropout", "learning rate", "test error", "more than exact, points"], rows, caption)
+
+
+def verdict_table(settings: DropoutPatternsSettings, summary: Summary, caption: str) -> Table:
+    """The paper's statements, as far as they are known, and what was found."""
+    few = min(settings.patterns)
+    enough = "more than were tried" if summary.enough is None else f"{summary.enough:,}"
+    rows = [
+        ["a fixed number of units, or each for itself: both work", difference(summary.more_than_exact["bernoulli"])],
+        [
+            "few different patterns hurt; one is a single, smaller network",
+            f"{percent(summary.errors[f'patterns{few}'])} with {few:,}, against {percent(summary.errors['exact'])}",
+        ],
+        ["(no number in the paper) patterns that are enough here", enough],
+    ]
+    return Table(["the paper", "here"], rows, caption)
+
+
+def figures(
+    settings: DropoutPatternsSettings, records: Mapping[str, RunRecord], summary: Summary, training_images: int
+) -> dict[str, str]:
+    """All figures of the study, by name, as SVG."""
+    numbers = sorted(settings.patterns)
+    limited = [summary.errors[f"patterns{n}"] for n in numbers]
+
+    def level(value: Estimate) -> Line:
+        ends = [numbers[0], numbers[-1]]
+        return Line(ends, [value.mean] * 2, [value.low] * 2, [value.high] * 2, dashed=True)
+
+    lines = {
+        "this many patterns, in turn": Line(
+            numbers, [e.mean for e in limited], [max(e.low, 1e-4) for e in limited], [e.high for e in limited]
+        ),
+        "a new one each batch": level(summary.errors["exact"]),
+        "a new one each batch, Bernoulli": level(summary.errors["bernoulli"]),
+    }
+    lowest = min(value.mean for value in summary.errors.values())
+    highest = max(value.mean for value in summary.errors.values())
+    limits = (0.8 * lowest, 1.25 * highest)
+    drawn = {
+        "patterns": line_figure(
+            "patterns",
+            lines,
+            x_label="different patterns",
+            y_label="test error",
+            log_x=True,
+            log_y=True,
+            percent=True,
+            limits=limits,
+            ticks=[t for t in (0.01, 0.012, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5) if limits[0] <= t <= limits[1]],
+            description="Test error against the number of different dropout patterns",
+        )
+    }
+    epoch = training_images / settings.batch_size
+    shown = ["exact", "bernoulli", *(f"patterns{n}" for n in (numbers[0], numbers[len(numbers) // 2]))]
+    curves = {}
+    for name in dict.fromkeys(shown):
+        runs = [r for r in arm_records(settings, records, summary.chosen, name) if not r.diverged]
+        if runs:
+            steps = runs[0].curve[0]
+            means = [estimate([1 - r.metrics[i]["accuracy"] for r in runs]).mean for i in range(len(steps))]
+            curves[label(name)] = Line([step / epoch for step in steps[1:]], means[1:])
+    drawn["test-error"] = line_figure(
+        "test-error",
+        curves,
+        x_label="epochs",
+        y_label="test error",
+        log_y=True,
+        percent=True,
+        ticks=(0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5),
+        description="Test error against epochs for few and many patterns",
+    )
+    drawn["rate-search"] = rate_search(
+        "rate-search",
+        {label(arm): summary.scores[arm] for arm in dict.fromkeys(shown)},
+        {label(arm): summary.chosen[arm] for arm in dict.fromkeys(shown)},
+        description="Validation accuracy against learning rate for some arms, the chosen rate ringed",
+    )
+    return drawn
+
+
+def build_page(
+    settings: DropoutPatternsSettings,
+    data: dict[str, Any],
+    records: Mapping[str, RunRecord],
+    summary: Summary,
+    command: str,
+    drawn: dict[str, str],
+) -> Page:
+    """Put the report together; `drawn` are the `figures`."""
+    epochs = settings.steps * settings.batch_size / int(data["training_images"])
+    environment = next(iter(records.values())).environment
+    widths = " and ".join(map(str, settings.widths))
+    method = (
+        f"A network of {widths} ReLU units on pixels from 0 to 1, {100 * settings.input_dropout:g} % of the inputs and "
+        f"{100 * settings.hidden_dropout:g} % of the hidden units dropped, {epochs:.0f} epochs in batches of "
+        f"{settings.batch_size}, Nesterov momentum {settings.momentum:g}, a learning rate that falls exponentially to "
+        f"{100 * settings.final:.0f} % of the first, which is chosen for each arm on held-out training images. "
+        "Patterns of inputs and both layers are drawn together; with n patterns, batch i uses number i mod n. "
+        "Evaluation always uses the whole network, so units that no pattern ever keeps stay at their random start and "
+        "take part: with one pattern that is what the error shows. A run's test error is the mean over the evaluations "
+        "in its last tenth."
+    )
+    return Page(
+        title="How many dropout patterns does a network need?",
+        question=(
+            "Batchwise dropout draws one pattern for a whole batch. Does it matter how it is drawn, and how often? "
+            "After Graham, Reizenstein & Robinson (2015), sections 2 and 3.1."
+        ),
+        answer=answer(settings, summary),
+        hero=FigureBlock(
+            drawn["patterns"],
+            "Share of test images recognized wrongly, when training uses only so many different patterns in turn. "
+            f"Dashed: a new pattern for each of the {settings.steps:,} batches. Means over {settings.seeds} seeds, "
+            "bands their 95 % intervals.",
+        ),
+        sections=[
+            Section(
+                "What the paper says, and what was found", [verdict_table(settings, summary, "Claims and findings.")]
+            ),
+            Section(
+                "All arms",
+                [
+                    error_table(
+                        settings,
+                        summary,
+                        "Test error after the last step. The last column is the paired difference to a new exact "
+                        "pattern each batch, in percentage points. In brackets: 95 % intervals over seeds.",
+                    ),
+                    FigureBlock(drawn["test-error"], "The same over training, for some of the arms: means over seeds."),
+                ],
+            ),
+            Section(
+                "Is it only the learning rate?",
+                [
+                    FigureBlock(
+                        drawn["rate-search"],
+                        f"The search: accuracy on held-out training images after {settings.search_steps:,} steps for "
+                        "each first learning rate; rings are the chosen ones. The test images had no part in it.",
+                    )
+                ],
+            ),
+            Section("How it was done", [Paragraph(method), Paragraph("To repeat it:"), Paragraph(command, code=True)]),
+        ],
+        footer=[
+            f"Data: {data['description']}.",
+            f"batchlab {environment['batchlab']} ({environment.get('commit') or 'no commit'}), torch "
+            f"{environment['torch']}, Python {environment['python']}, {environment['processor']}, one thread a run.",
+            "Graham, Reizenstein & Robinson, Efficient batchwise dropout training using submatrices, 2015 "
+            "(arXiv:1502.02478).",
+        ],
+    )

@@ -1,0 +1,42 @@
+"""How a study ends on the console: the table, the answer, and where the report is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as ConsoleTable
+
+from batchlab.lab.report import Table
+
+__all__ = ["command_for", "print_ending"]
+
+
+def command_for(name: str, settings: Any, sizes: Mapping[str, Any]) -> str:
+    """The words that start a study again; `sizes` are its named settings, for the same data set."""
+    for size, named in sizes.items():
+        if replace(named, seeds=settings.seeds) == settings:
+            options = {"--size": (size, "full"), "--seeds": (settings.seeds, named.seeds)}
+            options["--dataset"] = (settings.dataset, "mnist")
+            words = [f"{option} {value}" for option, (value, default) in options.items() if value != default]
+            return " ".join([f"batchlab study {name}", *words])
+    return f"batchlab study {name} --settings SETTINGS.toml   # the settings are in study.json"
+
+
+def print_ending(console: Console, title: str, table: Table, sentences: Sequence[str], folder: Path) -> None:
+    """Print a study's table, its answer and the path of its report."""
+    shown = ConsoleTable(title=title)
+    for index, name in enumerate(table.header):
+        shown.add_column(name, justify="left" if index == 0 else "right")
+    for row in table.rows:
+        shown.add_row(*row)
+    console.print()
+    console.print(shown)
+    for sentence in sentences:
+        console.print(sentence, highlight=False)
+    console.print()
+    console.print("The report, with all figures:", highlight=False)
+    console.print(f"  {(folder / 'report.html').resolve()}", style="bold", highlight=False, soft_wrap=True)
