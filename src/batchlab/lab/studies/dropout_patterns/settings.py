@@ -36,7 +36,7 @@ class DropoutPatternsSettings:
     steps: int = 12_000
     seeds: int = 3
     patterns: tuple[int, ...] = (1, 2, 4, 8, 16, 64, 256, 1024)
-    rates: tuple[float, ...] = (0.03, 0.1, 0.3)
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
     search_steps: int = 3_000
     search_seeds: int = 1
     batch_size: int = 100

@@ -1,0 +1,120 @@
+"""The paper's Figure 1: how much training time does batchwise dropout save? (Graham, Reizenstein & Robinson 2015)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from batchlab.lab.data import Dataset
+from batchlab.lab.figures import standalone
+from batchlab.lab.files import write_json, write_text
+from batchlab.lab.report import write_page
+from batchlab.lab.studies.dropout_speed.answer import answer
+from batchlab.lab.studies.dropout_speed.measure import (
+    check_settings,
+    expected_work,
+    measure_point,
+    plan,
+    read_point,
+    refuse_other_machines,
+    write_point,
+)
+from batchlab.lab.studies.dropout_speed.page import build_page, figures, speed_table
+from batchlab.lab.studies.dropout_speed.settings import SIZES, DropoutSpeedSettings
+from batchlab.lab.studies.dropout_speed.summary import summarize, to_json
+from batchlab.lab.studies.ending import print_ending
+from batchlab.lab.study import Study, Workplace, open_folder, read_study
+
+__all__ = ["STUDY"]
+
+NAME: Final = "dropout-speed"
+
+
+def _command(settings: DropoutSpeedSettings) -> str:
+    """The words that start this study again."""
+    size = next((name for name, size in SIZES.items() if replace(size, dataset=settings.dataset) == settings), None)
+    if size is None:
+        return f"batchlab study {NAME} --settings SETTINGS.toml   # the settings are in study.json"
+    options = {"--size": (size, "full"), "--dataset": (settings.dataset, "mnist")}
+    words = [f"{name} {value}" for name, (value, default) in options.items() if value != default]
+    return " ".join([f"batchlab study {NAME}", *words])
+
+
+def _measure_missing(settings: DropoutSpeedSettings, folder: Path, dataset: Dataset, console: Console) -> None:
+    points = plan(settings)
+    missing = {name: point for name, point in points.items() if not (folder / name).is_file()}
+    if not missing:
+        return
+    refuse_other_machines(folder, [read_point(folder / name, settings) for name in points if name not in missing])
+    # Drawn between rounds only: a thread that draws would take its time from what is measured.
+    with Progress(
+        TextColumn("measuring {task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+        console=console,
+        auto_refresh=False,
+    ) as bar:
+        work = {name: expected_work(settings, *point) for name, point in points.items()}
+        done = sum(work[name] for name in points if name not in missing)
+        task = bar.add_task("", total=sum(work.values()), completed=done)
+
+        def advance(amount: float) -> None:
+            bar.advance(task, amount)
+            bar.refresh()
+
+        for name, (width, batch_size) in missing.items():
+            bar.update(task, description=f"{width:,} units, batches of {batch_size:,}")
+            bar.refresh()
+            on_round = partial(advance, work[name] / settings.rounds)
+            write_point(folder / name, measure_point(settings, dataset, width, batch_size, on_round))
+        bar.update(task, description="is done")
+
+
+def run(settings: DropoutSpeedSettings, workplace: Workplace) -> Path:
+    """Measure the points that are missing, one after the other, and write the report; returns the report's path."""
+    folder, dataset, console = workplace.folder, workplace.dataset, workplace.console
+    check_settings(settings, dataset)
+    if workplace.jobs not in (None, 1):
+        console.print("Times are measured one after the other, whatever --jobs says.", highlight=False)
+    with open_folder(folder, STUDY, settings, dataset):
+        _measure_missing(settings, folder, dataset, console)
+        return report(folder, console)
+
+
+def report(folder: Path, console: Console) -> Path:
+    """Write summary.json, the figures and report.html from the records in `folder`.
+
+    Raises:
+        ValueError: the study in the folder is not finished, or a record is damaged.
+    """
+    settings, data = read_study(folder, DropoutSpeedSettings)
+    with console.status("writing the report"):
+        points = [read_point(folder / name, settings) for name in plan(settings)]
+        rows = summarize(settings, points)
+        drawn = figures(rows)
+        write_json(folder / "summary.json", to_json(rows))
+        (folder / "figures").mkdir(exist_ok=True)
+        for name, svg in drawn.items():
+            write_text(folder / "figures" / f"{name}.svg", standalone(svg))
+        write_page(build_page(settings, data, points, rows, _command(settings), drawn), folder / "report.html")
+    title = f"Seconds for {settings.epoch_images:,} images, and what batchwise dropout saves"
+    print_ending(console, title, speed_table(rows, ""), answer(settings, rows), folder)
+    return folder / "report.html"
+
+
+STUDY: Final = Study(
+    name=NAME,
+    question="How much training time does batchwise dropout save? The paper's Figure 1, on this machine.",
+    settings=DropoutSpeedSettings,
+    sizes=SIZES,
+    run=run,
+    report=report,
+)

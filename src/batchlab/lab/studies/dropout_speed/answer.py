@@ -1,0 +1,78 @@
+"""The study dropout-speed in sentences: whatever the numbers say, and how sure they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from batchlab.lab.studies.dropout_speed.settings import DropoutSpeedSettings
+from batchlab.lab.studies.dropout_speed.summary import PAPER, Row, paper_row, saving
+from batchlab.lab.timing import Quartiles
+
+__all__ = ["answer", "percent", "seconds_text", "times", "where"]
+
+
+def percent(share: float) -> str:
+    """A share as per cent: 33 %."""
+    return f"{100 * share:.0f} %"
+
+
+def percent_range(share: Quartiles) -> str:
+    """A share with its quartiles: 33 % (31 to 35)."""
+    return f"{percent(share.median)} ({100 * share.low:.0f} to {100 * share.high:.0f})"
+
+
+def times(spread: Quartiles) -> str:
+    """A ratio with its quartiles: 1.12 (1.10 to 1.15)."""
+    return f"{spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f})"
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds with three significant digits: 1.23, 45.6, 1,230."""
+    return f"{seconds:,.0f}" if seconds >= 100 else f"{float(f'{seconds:.3g}'):g}"
+
+
+def where(row: Row) -> str:
+    """A point in words."""
+    return f"{row.width:,} units and batches of {row.batch_size:,}"
+
+
+def _less(times_faster: Quartiles) -> str:
+    share = saving(times_faster)
+    if times_faster.low <= 1 <= times_faster.high:
+        return (
+            f"about as much time as (the quartiles of the ratio are {times_faster.low:.2f} and {times_faster.high:.2f})"
+        )
+    if share.median > 0:
+        return f"{percent(share.median)} less time (quartiles {100 * share.low:.0f} to {100 * share.high:.0f}) than"
+    more = [1 / value - 1 for value in (times_faster.high, times_faster.median, times_faster.low)]
+    return f"{percent(more[1])} more time (quartiles {100 * more[0]:.0f} to {100 * more[2]:.0f}) than"
+
+
+def answer(settings: DropoutSpeedSettings, rows: Sequence[Row]) -> list[str]:
+    """The two sentences that open the report: the paper's point, and the range over all points with the limit."""
+    row = paper_row(rows)
+    paper = (
+        f" (the paper's figures, as recalled, for a graphics processor of 2013: {percent(PAPER['none'])} and "
+        f"{percent(PAPER['independent'])})"
+    )
+    if row is None:
+        row, paper = max(rows, key=lambda row: (-row.batch_size, row.width)), ""
+    first = (
+        f"With {settings.hidden_layers} hidden layers of {where(row)}, training with batchwise dropout takes "
+        f"{_less(row.times_faster['none'])} training without dropout, and {_less(row.times_faster['independent'])} "
+        f"training with independent dropout{paper}."
+    )
+    shares = [saving(row.times_faster["none"]).median for row in rows]
+    least, most = rows[shares.index(min(shares))], rows[shares.index(max(shares))]
+    limits = sorted(row.over_limit.median for row in rows)
+    between = f"{limits[0]:.2f} times" if len(limits) == 1 else f"{limits[0]:.2f} to {limits[-1]:.2f} times"
+    span = (
+        f"{percent(max(shares))} ({where(most)})"
+        if len(rows) == 1
+        else f"from {percent(min(shares))} ({where(least)}) to {percent(max(shares))} ({where(most)})"
+    )
+    second = (
+        f"Against no dropout it saves {span}; arithmetic alone would spare {percent(1 - most.work)} there, and a dense "
+        f"network of just the kept units, the limit, is what batchwise dropout takes {between} the time of."
+    )
+    return [first, second]
