@@ -41,7 +41,7 @@ def test_docstring_examples(name: str) -> None:
 
 def test_public_names_have_docstrings_with_an_example() -> None:
     missing = []
-    for package in (batchlab.functional, batchlab.nn, batchlab.surgery):
+    for package in (batchlab.functional, batchlab.nn, batchlab.optim, batchlab.surgery):
         for name in package.__all__:
             thing = getattr(package, name)
             if not thing.__doc__:
