@@ -1,9 +1,19 @@
-"""Model in, changed model out: insert, recalibrate and fold batch normalization, in models of stock layers too."""
+"""Model in, changed model out: insert, recalibrate and fold batch normalization, make dropout batchwise."""
 
 from batchlab.surgery.channel_pad import ChannelPad
 from batchlab.surgery.fold import fold
 from batchlab.surgery.fold_report import FoldEntry, FoldReport, FoldResult
 from batchlab.surgery.insert_batch_norm import insert_batch_norm
 from batchlab.surgery.recalibrate import recalibrate
+from batchlab.surgery.to_batchwise_dropout import to_batchwise_dropout
 
-__all__ = ["ChannelPad", "FoldEntry", "FoldReport", "FoldResult", "fold", "insert_batch_norm", "recalibrate"]
+__all__ = [
+    "ChannelPad",
+    "FoldEntry",
+    "FoldReport",
+    "FoldResult",
+    "fold",
+    "insert_batch_norm",
+    "recalibrate",
+    "to_batchwise_dropout",
+]
