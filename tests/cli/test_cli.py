@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from batchlab.cli import main
 
@@ -23,6 +24,15 @@ MISTAKES = [
     (["study", "bn-mnist", "--quick", "--data", "no-such-folder"], "no-such-folder"),
     (["report", "no-such-folder"], "holds no study"),
     (["report"], "Missing from batchlab report: PATH"),
+    (["study", "dropout-speed", "--quick", "--seeds", "3"], "leave out --seeds"),
+    (["bench"], "Missing from batchlab bench: NAME"),
+    (["bench", "batch-norm"], "there is no benchmark 'batch-norm'; there is: dropout"),
+    (["bench", "dropout", "--widths", "wide"], "--widths"),
+    (["bench", "dropout", "--widths", "1"], "--widths is 1; allowed: one or more from 2 to 16384"),
+    (["bench", "dropout", "--widths"], "--widths is empty"),
+    (["bench", "dropout", "--rates", "0.5", "1"], "--rates is 0.5 1.0; allowed: one or more above 0 and below 1"),
+    (["bench", "dropout", "--batch", "0"], "--batch is 0"),
+    (["bench", "dropout", "--threads", "-1"], "--threads is -1"),
 ]
 
 
@@ -90,9 +100,40 @@ def test_studies_are_listed_one_line_each(capsys: pytest.CaptureFixture[str]) ->
     assert any(line.startswith("bn-mnist") and "?" in line for line in lines)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["study", "--help"], ["report", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["study", "--help"], ["report", "--help"], ["bench", "--help"]])
 def test_help_is_there(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(words)
     assert end.value.code == 0
     assert "usage: batchlab" in capsys.readouterr().out
+
+
+def test_bench_prints_the_table_and_its_reading(capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    words = ["bench", "dropout", "--widths", "24", "16", "--rates", "0.5", "0.25", "--batch", "8", "--threads", "1"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    for need in (
+        "nn.Dropout",
+        "submatrices",
+        "masks",
+        "auto",
+        "1 thread.",
+        "batch 8",
+        "width    16: ",
+        "width    24: ",
+    ):
+        assert need in out
+    assert out.strip().splitlines()[-1].startswith("On this machine submatrices are ")
+    assert torch.get_num_threads() == threads
+
+
+def test_an_interrupted_bench_promises_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("batchlab.cli.bench.measure", interrupt)
+    assert main(["bench", "dropout"]) == 130
+    assert capsys.readouterr().err.strip().endswith("Stopped.")

@@ -43,15 +43,30 @@ def _(num_features: int, count: int) -> Tensor:  # noqa: ARG001
     return torch.empty(count, dtype=torch.int64, device="cpu")
 
 
+@torch.library.custom_op("batchlab::draw_bernoulli", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _draw_bernoulli_op(num_features: int, p: float) -> Tensor:
+    """Whether each feature is kept: how many are kept no compiler can know, so it breaks the graph behind this."""
+    return torch.rand(num_features) >= p
+
+
+@_draw_bernoulli_op.register_fake
+def _(num_features: int, p: float) -> Tensor:  # noqa: ARG001
+    return torch.empty(num_features, dtype=torch.bool, device="cpu")
+
+
 def _draw_exact(num_features: int, count: int, generator: torch.Generator | None) -> Tensor:
     order = torch.randperm(num_features, generator=generator)
+    if torch.compiler.is_compiling():
+        return order[:count].sort().values
     if kernels.submatrix.available():
         return kernels.submatrix.sorted_first(order, count)
     chosen = torch.zeros(num_features, dtype=torch.bool).index_fill_(0, order[:count], True)
     return chosen.nonzero().view(-1)  # sorted, and cheaper than a sort
 
 
-def draw_pattern(num_features: int, p: float, *, exact: bool = True, generator: torch.Generator | None = None) -> Tensor:
+def draw_pattern(
+    num_features: int, p: float, *, exact: bool = True, generator: torch.Generator | None = None
+) -> Tensor:
     """Draw the features that one batch keeps.
 
     exact:      a uniformly random subset of round(n(1 - p)) of the n features
@@ -75,7 +90,7 @@ def draw_pattern(num_features: int, p: float, *, exact: bool = True, generator: 
     Source: Graham, Reizenstein & Robinson 2015, section 2 ("batchwise", and "batchwise with a fixed amount").
 
     >>> draw_pattern(6, 0.5, generator=torch.Generator().manual_seed(0))
-    tensor([0, 2, 4])
+    tensor([2, 3, 5])
     """
     check_rate(p)
     if num_features < 0:
@@ -87,9 +102,15 @@ def draw_pattern(num_features: int, p: float, *, exact: bool = True, generator: 
 
 def draw(num_features: int, p: float, exact: bool, generator: torch.Generator | None) -> Tensor:
     """`draw_pattern` without its checks."""
+    in_graph = generator is None and torch.compiler.is_compiling()
     if not exact:
-        return (torch.rand(num_features, generator=generator) >= p).nonzero().view(-1)
+        if in_graph:
+            chosen: Tensor = _draw_bernoulli_op(num_features, p)
+        else:
+            chosen = torch.rand(num_features, generator=generator) >= p
+        return chosen.nonzero().view(-1)
     count = kept_count(num_features, p)
-    if generator is None and torch.compiler.is_compiling():
-        return _draw_exact_op(num_features, count)
+    if in_graph:
+        kept: Tensor = _draw_exact_op(num_features, count)
+        return kept
     return _draw_exact(num_features, count, generator)

@@ -6,12 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from batchlab import kernels, reference
 from batchlab.functional.submatrix_gradient import Block, SubmatrixGradient, scatter
 
-__all__ = ["ACCEPTS", "linear_of_kept", "select_features", "submatrix", "submatrix_conv", "submatrix_linear", "touched"]
+__all__ = [
+    "ACCEPTS",
+    "linear_of_kept",
+    "select_features",
+    "submatrix",
+    "submatrix_conv",
+    "submatrix_linear",
+    "touched",
+    "transformed",
+]
 
 ACCEPTS = "accepts_submatrix_gradient"
 """Name of the attribute by which an optimizer asks for a `SubmatrixGradient` on a parameter."""
@@ -23,9 +33,9 @@ def _gather(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tens
     return reference.batchwise_dropout.submatrix(weight, rows, columns)
 
 
-def _gradient(accepts: bool, block: Block, shape: torch.Size) -> Tensor:
+def _gradient(accepts: bool, block: Block, shape: torch.Size, strides: tuple[int, ...] | None = None) -> Tensor:
     if accepts and not torch.is_grad_enabled():
-        return SubmatrixGradient(shape, [block])
+        return SubmatrixGradient(shape, [block], strides=strides)
     return scatter(block, shape)
 
 
@@ -34,10 +44,16 @@ class _Submatrix(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, bias: Tensor | None, rows: Tensor | None, columns: Tensor | None, accepts: tuple[bool, bool]
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor | None,
+        columns: Tensor | None,
+        accepts: tuple[bool, bool],
     ) -> Any:
         ctx.rows, ctx.columns, ctx.accepts = rows, columns, accepts
         ctx.shapes = weight.shape, None if bias is None else bias.shape
+        ctx.strides = None if weight.is_contiguous() else weight.stride()
         ctx.set_materialize_grads(False)
         block = _gather(weight, rows, columns)
         if bias is None:
@@ -48,15 +64,17 @@ class _Submatrix(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         block, bias = gradients
         if block is not None:
-            block = _gradient(ctx.accepts[0], Block(ctx.rows, ctx.columns, block), ctx.shapes[0])
+            block = _gradient(ctx.accepts[0], Block(ctx.rows, ctx.columns, block), ctx.shapes[0], ctx.strides)
         if bias is not None and ctx.rows is not None:
             bias = _gradient(ctx.accepts[1], Block(ctx.rows, None, bias), ctx.shapes[1])
         return block, bias, None, None, None
 
 
-def _transformed() -> bool:
-    """Whether a compiler or torch.func watches: they see through plain operations, not through ours."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+def transformed() -> bool:
+    """Whether a compiler, torch.func or forward differentiation watches: they see through plain operations alone."""
+    return (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
 
 
 def submatrix(
@@ -67,10 +85,14 @@ def submatrix(
     Shapes:
         weight: (outputs, inputs, ...); bias: (outputs,) or None.
         rows: kept outputs, columns: kept inputs; sorted int64, or None for all.
+
+    >>> W, b = torch.arange(6.0).view(2, 3), torch.zeros(2)
+    >>> submatrix(W, b, torch.tensor([1]), torch.tensor([0, 2]))
+    (tensor([[3., 5.]]), tensor([0.]))
     """
     if rows is None and columns is None:
         return weight, bias
-    if _transformed():
+    if transformed():
         short = bias if bias is None or rows is None else bias.index_select(0, rows)
         return reference.batchwise_dropout.submatrix(weight, rows, columns), short
     accepts = (getattr(weight, ACCEPTS, False), getattr(bias, ACCEPTS, False))
@@ -82,8 +104,15 @@ class _Touched(torch.autograd.Function):
     """A weight and its bias as they are, whose gradients are known to be zero outside of kept rows and columns."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, rows: Tensor | None, columns: Tensor | None) -> Any:
-        ctx.rows, ctx.columns = rows, columns
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor | None,
+        columns: Tensor | None,
+        accepts: tuple[bool, bool],
+    ) -> Any:
+        ctx.rows, ctx.columns, ctx.accepts = rows, columns, accepts
         ctx.set_materialize_grads(False)
         return weight.view_as(weight), None if bias is None else bias.view_as(bias)
 
@@ -91,22 +120,23 @@ class _Touched(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         weight, bias = gradients
         if torch.is_grad_enabled():
-            return weight, bias, None, None
-        if weight is not None:
+            return weight, bias, None, None, None
+        if weight is not None and ctx.accepts[0]:
             block = Block(ctx.rows, ctx.columns, _gather(weight.contiguous(), ctx.rows, ctx.columns))
-            weight = SubmatrixGradient(weight.shape, [block])
-        if bias is not None and ctx.rows is not None:
+            weight = SubmatrixGradient(weight.shape, [block], strides=weight.stride())
+        if bias is not None and ctx.accepts[1] and ctx.rows is not None:
             bias = SubmatrixGradient(bias.shape, [Block(ctx.rows, None, bias.index_select(0, ctx.rows))])
-        return weight, bias, None, None
+        return weight, bias, None, None, None
 
 
 def touched(
     weight: Tensor, bias: Tensor | None, rows: Tensor | None, columns: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The whole weight and bias; where an optimizer asks, their gradient says which rows and columns took part."""
-    if (rows is None and columns is None) or not getattr(weight, ACCEPTS, False) or _transformed():
+    accepts = (bool(getattr(weight, ACCEPTS, False)), bool(getattr(bias, ACCEPTS, False)))
+    if (rows is None and columns is None) or not any(accepts) or transformed():
         return weight, bias
-    return _Touched.apply(weight, bias, rows, columns)  # type: ignore[no-untyped-call, no-any-return]
+    return _Touched.apply(weight, bias, rows, columns, accepts)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _check_kept(name: str, kept: Tensor | None, num_features: int, weight: Tensor) -> None:
@@ -114,28 +144,29 @@ def _check_kept(name: str, kept: Tensor | None, num_features: int, weight: Tenso
         return
     if kept.dtype != torch.int64 or kept.ndim != 1 or kept.device != weight.device:
         raise ValueError(
-            f"{name} is {kept.dtype} of shape {tuple(kept.shape)} on {kept.device}; it must be an int64 vector of indices "
-            f"on the weight's device, {weight.device}"
+            f"{name} is {kept.dtype} of shape {tuple(kept.shape)} on {kept.device}; it must be an int64 vector of "
+            f"indices on the weight's device, {weight.device}"
         )
-    if kept.device.type == "cpu" and not _transformed() and kept.numel():
-        if not bool((kept[1:] > kept[:-1]).all()) or int(kept[0]) < 0 or int(kept[-1]) >= num_features:
-            raise ValueError(f"{name} must be sorted and distinct, from 0 to {num_features - 1}; draw_pattern returns such")
+    if kept.device.type != "cpu" or transformed() or not kept.numel():
+        return  # to look at them would wait for the device, or break the graph
+    if not bool((kept[1:] > kept[:-1]).all()) or int(kept[0]) < 0 or int(kept[-1]) >= num_features:
+        raise ValueError(f"{name} must be sorted and distinct, from 0 to {num_features - 1}; draw_pattern returns such")
 
 
-def _check(input: Tensor, weight: Tensor, kept_inputs: Tensor | None, kept_outputs: Tensor | None, dim: int) -> None:
+def _check(x: Tensor, weight: Tensor, kept_inputs: Tensor | None, kept_outputs: Tensor | None, dim: int) -> None:
     _check_kept("kept_outputs", kept_outputs, weight.shape[0], weight)
     _check_kept("kept_inputs", kept_inputs, weight.shape[1], weight)
     expected = weight.shape[1] if kept_inputs is None else len(kept_inputs)
-    if input.shape[dim] != expected:
+    if x.shape[dim] != expected:
         which = "inputs" if kept_inputs is None else "kept inputs"
         raise ValueError(
-            f"input of shape {tuple(input.shape)} has {input.shape[dim]} features, but there are {expected} {which}: "
+            f"input of shape {tuple(x.shape)} has {x.shape[dim]} features, but there are {expected} {which}: "
             "pass the compact input, with the kept features alone"
         )
 
 
-def submatrix_linear(
-    input: Tensor,
+def submatrix_linear(  # noqa: D417 - shapes say the rest
+    input: Tensor,  # noqa: A002 - torch's name
     weight: Tensor,
     bias: Tensor | None = None,
     kept_inputs: Tensor | None = None,
@@ -214,17 +245,17 @@ class _SubmatrixLinear(torch.autograd.Function):
         elif needed[1]:
             whole = rows is None and columns is None
             weights = values if whole else _gradient(ctx.accepts[0], Block(rows, columns, values), weight.shape)
-        if not needed[2]:
-            biases = None
-        elif rows is not None:
+        if needed[2] and rows is not None:
             biases = _gradient(ctx.accepts[1], Block(rows, None, biases), bias.shape)
-        return inputs if needed[0] else None, weights, biases, None, None, None, None, None
+        return inputs if needed[0] else None, weights, biases if needed[2] else None, None, None, None, None, None
 
 
 def _gradients_with_graph(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gradient: Tensor) -> Any:
     """The same gradients from plain operations, which can be differentiated again."""
     short = bias if bias is None or ctx.rows is None else bias.index_select(0, ctx.rows)
-    y = _plain_linear(x, reference.batchwise_dropout.submatrix(weight, ctx.rows, ctx.columns), short, ctx.scale, ctx.relu)
+    y = _plain_linear(
+        x, reference.batchwise_dropout.submatrix(weight, ctx.rows, ctx.columns), short, ctx.scale, ctx.relu
+    )
     needed = ctx.needs_input_grad[:3]
     sources = [tensor for tensor, need in zip((x, weight, bias), needed, strict=True) if need and tensor is not None]
     found = iter(torch.autograd.grad(y, sources, gradient, create_graph=True))
@@ -248,8 +279,9 @@ def linear_of_kept(
     """`submatrix_linear` without its checks, and with a ReLU behind it if asked."""
     fast = (
         x.dtype == weight.dtype
-        and not _transformed()
+        and not transformed()
         and kernels.submatrix.serves(weight)
+        and (bias is None or bias.is_contiguous())
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
     )
@@ -263,14 +295,14 @@ def linear_of_kept(
 
 def select_features(x: Tensor, kept: Tensor, dim: int) -> Tensor:
     """The kept features of an activation."""
-    plain = x.requires_grad or x.ndim != 2 or dim != 1 or _transformed()
+    plain = x.requires_grad or x.ndim != 2 or dim != 1 or transformed()
     if plain or not kernels.submatrix.serves(x):
         return x.index_select(dim, kept)
     return kernels.submatrix.gather(x, None, kept)
 
 
 def submatrix_conv(
-    input: Tensor,
+    input: Tensor,  # noqa: A002 - torch's name
     weight: Tensor,
     bias: Tensor | None = None,
     kept_inputs: Tensor | None = None,

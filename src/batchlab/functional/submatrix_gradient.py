@@ -51,7 +51,8 @@ class Block:
             if self.factors is None:
                 raise ValueError("a block needs values or factors")
             left, right, scale = self.factors
-            self._values, self.factors = torch.mm(left.t(), right).mul_(scale), None
+            with torch.no_grad():  # the right factor is an activation, with a graph behind it
+                self._values, self.factors = torch.mm(left.t(), right).mul_(scale), None
         return self._values
 
     @property
@@ -69,6 +70,15 @@ class Block:
     def with_values(self, values: Tensor) -> Block:
         """Other numbers at the same place."""
         return Block(self.rows, self.columns, values)
+
+    def copy(self) -> Block:
+        """The same numbers, in memory of their own as soon as they are changed."""
+        if self.factors is not None:
+            return Block(self.rows, self.columns, None, self.factors)
+        return self.with_values(self.values.clone())
+
+    def __deepcopy__(self, memo: Any) -> Block:
+        return self.copy()  # a factor is inside of a graph, which torch does not copy
 
 
 def scatter(block: Block, shape: torch.Size) -> Tensor:
@@ -108,7 +118,8 @@ class SubmatrixGradient(torch.Tensor):
     Attributes:
         blocks: the parts, whose sum is the gradient; accumulation adds one for each backward pass.
 
-    >>> gradient = SubmatrixGradient(torch.Size([2, 3]), [Block(torch.tensor([1]), torch.tensor([0, 2]), torch.ones(1, 2))])
+    >>> block = Block(torch.tensor([1]), torch.tensor([0, 2]), torch.ones(1, 2))
+    >>> gradient = SubmatrixGradient(torch.Size([2, 3]), [block])
     >>> gradient.to_dense()
     tensor([[0., 0., 0.],
             [1., 0., 1.]])
@@ -119,13 +130,27 @@ class SubmatrixGradient(torch.Tensor):
     blocks: list[Block]
 
     @staticmethod
-    def __new__(cls, shape: torch.Size, blocks: Sequence[Block], like: Tensor | None = None) -> Self:
-        """A gradient of `shape`; `like` gives dtype and device where there is no block."""
+    def __new__(
+        cls,
+        shape: torch.Size,
+        blocks: list[Block],
+        like: Tensor | None = None,
+        strides: Sequence[int] | None = None,
+    ) -> Self:
+        """A gradient of `shape`, which keeps the list of blocks as it is given.
+
+        Args:
+            cls: the class.
+            shape: of the whole.
+            blocks: the parts.
+            like: for dtype and device where there is no block.
+            strides: of the parameter, if it is not contiguous: autograd copies what is laid out in another way.
+        """
         values = blocks[0].like if blocks else like
         if values is None:
             raise ValueError("a SubmatrixGradient needs a block, or like= for its dtype and device")
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=values.dtype, device=values.device)
-        self.blocks = [*blocks]
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=values.dtype, device=values.device)
+        self.blocks = blocks
         return self
 
     def to_dense(self) -> Tensor:  # type: ignore[override]
@@ -140,15 +165,19 @@ class SubmatrixGradient(torch.Tensor):
     def make_dense(self) -> Tensor:
         """Store the dense tensor from now on, as if everything were kept; returns it."""
         if len(self.blocks) != 1 or self.blocks[0].rows is not None or self.blocks[0].columns is not None:
-            self.blocks = [Block(None, None, self.to_dense())]
+            self.blocks[:] = [Block(None, None, self.to_dense())]  # in place: `.data` and `.detach()` share the list
         return self.blocks[0].values
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # noqa: ARG002
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Saved as the dense tensor, which loads everywhere."""
+        return self.to_dense().__reduce_ex__(protocol)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         kept = [" x ".join(map(str, block.shape)) for block in self.blocks]
         return f"SubmatrixGradient(shape={tuple(self.shape)}, kept={' + '.join(kept) or 'nothing'})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Short forms for what happens to gradients in training; the dense tensor for everything else."""
@@ -170,14 +199,31 @@ class SubmatrixGradient(torch.Tensor):
         return result
 
 
+def _like(gradient: SubmatrixGradient, blocks: list[Block]) -> SubmatrixGradient:
+    return SubmatrixGradient(gradient.shape, blocks, gradient, gradient.stride())
+
+
 def _alias(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG001
-    gradient = args[0]
-    return SubmatrixGradient(gradient.shape, gradient.blocks, like=gradient)
+    return _like(args[0], args[0].blocks)
 
 
 def _clone(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG001
-    blocks = [block.with_values(block.values.clone()) for block in args[0].blocks]
-    return SubmatrixGradient(args[0].shape, blocks, like=args[0])
+    return _like(args[0], [block.copy() for block in args[0].blocks])
+
+
+def _new_empty(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG001
+    # With `_copy_` it is how autograd copies a gradient that somebody else holds too, a hook perhaps.
+    gradient, sizes, strides = args
+    if torch.Size(sizes) != gradient.shape or kwargs.get("dtype", gradient.dtype) != gradient.dtype:
+        return NotImplemented
+    return SubmatrixGradient(gradient.shape, [], gradient, strides)
+
+
+def _copy_(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG001
+    if not _both(args[:2], {}) or args[0].shape != args[1].shape:
+        return NotImplemented
+    args[0].blocks[:] = [block.copy() for block in args[1].blocks]
+    return args[0]
 
 
 def _both(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -188,13 +234,13 @@ def _both(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def _add(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG001
     if not _both(args, kwargs):
         return NotImplemented
-    return SubmatrixGradient(args[0].shape, args[0].blocks + args[1].blocks, like=args[0])
+    return _like(args[0], [block.copy() for gradient in args for block in gradient.blocks])
 
 
 def _add_(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG001
     if not _both(args, kwargs):
         return NotImplemented
-    args[0].blocks.extend(args[1].blocks)
+    args[0].blocks.extend([block.copy() for block in args[1].blocks])
     return args[0]
 
 
@@ -208,7 +254,7 @@ def _scale(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if kwargs or not isinstance(args[0], SubmatrixGradient) or not _is_number(args[1]):
         return NotImplemented
     blocks = [block.with_values(func(block.values, args[1])) for block in args[0].blocks]
-    return SubmatrixGradient(args[0].shape, blocks, like=args[0])
+    return _like(args[0], blocks)
 
 
 def _scale_(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -233,6 +279,22 @@ def _norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(values, order) if values.numel() else values.new_zeros(())
 
 
+def _clamp_(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # Zeros stay zero within limits of both signs; and only a single block is its own sum.
+    low, high = ({"min": None, "max": None} | dict(zip(("min", "max"), args[1:], strict=False)) | kwargs).values()
+    if len(args[0].blocks) > 1 or (low is not None and low > 0) or (high is not None and high < 0):
+        return NotImplemented
+    for block in args[0].blocks:
+        func(block.values, low, high)
+    return args[0]
+
+
+def _each_clamp(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG001
+    limits = {"max": args[1]} if func is aten._foreach_clamp_max_.Scalar else {"min": args[1]}
+    for gradient in args[0]:
+        gradient.clamp_(**limits)
+
+
 def _stored(gradients: Any) -> list[Any]:
     found = []
     for gradient in gradients:
@@ -247,13 +309,15 @@ def _each_stored(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     """In-place operations on lists that leave zeros at zero: on what is stored."""
     if isinstance(args[1], (list, tuple)):
         return NotImplemented
-    func(_stored(args[0]), *args[1:], **kwargs)
+    stored = _stored(args[0])
+    if stored:  # after zero_grad(set_to_none=False) there may be nothing
+        func(stored, *args[1:], **kwargs)
     return None
 
 
 def _each_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG001
-    order = args[1] if len(args) > 1 else kwargs.pop("ord", 2)
-    if kwargs:
+    order = args[1] if len(args) > 1 else kwargs.get("ord", 2)
+    if len(args) > 2 or set(kwargs) - {"ord"}:
         return NotImplemented
     return [torch.linalg.vector_norm(gradient, order) for gradient in args[0]]
 
@@ -262,6 +326,8 @@ _SHORT_FORMS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] =
     aten.detach.default: _alias,
     aten.alias.default: _alias,
     aten.clone.default: _clone,
+    aten.copy_.default: _copy_,
+    aten.new_empty_strided.default: _new_empty,
     aten.add.Tensor: _add,
     aten.add_.Tensor: _add_,
     aten.mul.Tensor: _scale,
@@ -269,8 +335,11 @@ _SHORT_FORMS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] =
     aten.mul_.Tensor: _scale_,
     aten.div_.Tensor: _scale_,
     aten.zero_.default: _zero_,
+    aten.clamp_.default: _clamp_,
     aten.linalg_vector_norm.default: _norm,
     aten._foreach_norm.Scalar: _each_norm,
+    aten._foreach_clamp_max_.Scalar: _each_clamp,
+    aten._foreach_clamp_min_.Scalar: _each_clamp,
     aten._foreach_mul_.Scalar: _each_stored,
     aten._foreach_mul_.Tensor: _each_stored,
     aten._foreach_div_.Scalar: _each_stored,

@@ -109,6 +109,7 @@ def momentum_step(
             decay,
             nesterov,
         )
+        torch.autograd.graph.increment_version(fast.weights)  # a backward through old weights is refused, as after SGD
 
 
 class _Lists:

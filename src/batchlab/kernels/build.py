@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -46,14 +47,30 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _compiler() -> str:
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        found = shutil.which(name) if name else None
+def _compiler() -> list[str]:
+    chosen = shlex.split(os.environ.get("CXX", ""))  # with arguments, perhaps: "ccache g++"
+    if chosen:
+        if shutil.which(chosen[0]) is None:
+            raise BuildError(f"there is no C++ compiler $CXX={chosen[0]}")  # and no other replaces an explicit choice
+        return chosen
+    for name in ("c++", "g++", "clang++"):
+        found = shutil.which(name)
         if found:
-            return found
-        if name and name == os.environ.get("CXX"):
-            break  # an explicit choice is not replaced by another
+            return [found]
     raise BuildError("there is no C++ compiler (looked for $CXX, c++, g++, clang++)")
+
+
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
+
+
+def _intact(folder: Path, key: str) -> Path | None:
+    """The library in the cache, if it is whole: to load a part of one could end the process."""
+    try:
+        found = sorted(folder.glob(f"{key}-*.so"))
+        return next((library for library in found if library.stem.endswith(_digest(library))), None)
+    except OSError:
+        return None
 
 
 def _writable(folder: Path) -> Path:
@@ -69,44 +86,55 @@ def build(source: Path) -> Path:
     """Return the compiled library of a C++ source, compiling it if the cache has none for this machine.
 
     The result appears in the cache under its final name at once, so processes that build together do not disturb each
-    other, and a killed build leaves nothing that a later one would trust.
+    other. The name has a checksum of the contents: what a killed build or a full disk leaves, a later one replaces.
 
     Raises:
         BuildError: no compiler, or it failed; with its first lines of output.
     """
     torch_folder = Path(torch.__file__).parent
     text = source.read_bytes()
-    key = hashlib.sha256(
-        b"\0".join(
-            [text, torch.__version__.encode(), " ".join(FLAGS).encode(), _processor().encode(), sys.platform.encode()]
-        )
-    ).hexdigest()[:16]
-    target = cache_folder() / f"{source.stem}-{key}.so"
-    if target.is_file():
-        return target
+    key = (
+        source.stem
+        + "-"
+        + hashlib.sha256(
+            b"\0".join(
+                [
+                    text,
+                    torch.__version__.encode(),
+                    " ".join(FLAGS).encode(),
+                    _processor().encode(),
+                    sys.platform.encode(),
+                ]
+            )
+        ).hexdigest()[:16]
+    )
+    found = _intact(cache_folder(), key)
+    if found is not None:
+        return found
     compiler = _compiler()
-    folder = _writable(target.parent)
+    folder = _writable(cache_folder())
     started = time.perf_counter()
     print(f"batchlab: compiling {source.name}, once (a few seconds) ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="batchlab-") as work:
-        built = Path(work) / target.name
-        command = [compiler, *FLAGS, f"-I{torch_folder / 'include'}", str(source), "-o", str(built)]
+        built = Path(work) / f"{key}.so"
+        command = [*compiler, *FLAGS, f"-I{torch_folder / 'include'}", str(source), "-o", str(built)]
         command += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise BuildError(f"{compiler} did not compile {source.name}: {error}") from error
+            raise BuildError(f"{compiler[0]} did not compile {source.name}: {error}") from error
         if done.returncode != 0:
-            raise BuildError(f"{compiler} did not compile {source.name}: {done.stderr.strip()[:600]}")
+            raise BuildError(f"{compiler[0]} did not compile {source.name}: {done.stderr.strip()[:600]}")
+        target = folder / f"{key}-{_digest(built)}.so"
         handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
         os.close(handle)
         try:
             shutil.copyfile(built, partial)
             Path(partial).chmod(0o755)
-            Path(partial).replace(folder / target.name)
+            Path(partial).replace(target)
         except OSError as error:
             Path(partial).unlink(missing_ok=True)
             raise BuildError(f"{folder} cannot hold the compiled {source.name}: {error}") from error
     seconds = time.perf_counter() - started
     print(f"batchlab: compiled {source.name} in {seconds:.0f} s, kept in {folder}", file=sys.stderr, flush=True)
-    return folder / target.name
+    return target

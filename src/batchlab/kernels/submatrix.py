@@ -17,7 +17,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from batchlab.kernels.build import BuildError, build
+from batchlab.kernels.build import build
 
 __all__ = [
     "available",
@@ -40,7 +40,7 @@ def available() -> bool:
     """Whether the compiled kernels are loaded; tries to build them once, and warns once if that fails."""
     try:
         torch.ops.load_library(str(build(SOURCE)))
-    except (BuildError, OSError) as error:
+    except (RuntimeError, OSError) as error:
         warnings.warn(
             f"batchlab: {error}. Submatrices take PyTorch's own operations instead: right, but slower. Install a C++ "
             "compiler, or set CXX to one.",
@@ -79,7 +79,7 @@ def linear_forward(
     scale: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
-    """relu(scale · x block^T + bias[rows]) for a compact x (samples, kept inputs), and block = weight[rows][:, columns]."""
+    """relu(scale · x block^T + bias[rows]) for a compact x (samples, kept inputs), and weight[rows][:, columns]."""
     found: tuple[Tensor, Tensor] = torch.ops.batchlab_submatrix.linear_forward.default(
         x, weight, bias, rows, columns, scale, relu
     )

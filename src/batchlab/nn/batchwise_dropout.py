@@ -16,6 +16,15 @@ def _computing_again() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def _own(kept: Tensor) -> Tensor:
+    """The pattern without torch.func's wrapper, which is dead when its transform has ended."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return kept
+    while torch._C._functorch.is_gradtrackingtensor(kept):
+        kept = torch._C._functorch.get_unwrapped(kept)
+    return kept
+
+
 class BatchwiseDropout(nn.Module):
     """Drop the same features for all samples of a batch.
 
@@ -52,10 +61,10 @@ class BatchwiseDropout(nn.Module):
     >>> import torch
     >>> layer = BatchwiseDropout(0.5, generator=torch.Generator().manual_seed(0))
     >>> layer(torch.ones(2, 6))
-    tensor([[2., 0., 2., 0., 2., 0.],
-            [2., 0., 2., 0., 2., 0.]])
+    tensor([[0., 0., 2., 2., 0., 2.],
+            [0., 0., 2., 2., 0., 2.]])
     >>> layer.kept
-    tensor([0, 2, 4])
+    tensor([2, 3, 5])
     """
 
     def __init__(
@@ -64,7 +73,9 @@ class BatchwiseDropout(nn.Module):
         super().__init__()
         check_rate(p)
         if generator is not None and generator.device.type != "cpu":
-            raise ValueError(f"the generator is on {generator.device}; patterns are drawn on the CPU: torch.Generator()")
+            raise ValueError(
+                f"the generator is on {generator.device}; patterns are drawn on the CPU: torch.Generator()"
+            )
         self.p = p
         self.exact = exact
         self.generator = generator
@@ -83,10 +94,10 @@ class BatchwiseDropout(nn.Module):
         return super().train(mode)
 
     def draw(self, num_features: int, device: torch.device) -> tuple[Tensor, float]:
-        """Draw the pattern of a batch of `num_features` features; returns it, on `device`, and the factor of the kept."""
+        """Draw a batch's pattern of `num_features` features; returns it, on `device`, and the factor of the kept."""
         kept = self.kept
         if self.generator is None or kept is None or not _computing_again():
-            kept = draw(num_features, self.p, self.exact, self.generator)
+            kept = _own(draw(num_features, self.p, self.exact, self.generator))
         if kept.device != device:
             kept = kept.to(device, non_blocking=True)
         if torch.compiler.is_compiling():
@@ -95,6 +106,10 @@ class BatchwiseDropout(nn.Module):
             self.__dict__["kept"] = kept  # nn.Module would look whether it is a parameter, twice a batch
         # A Bernoulli pattern's factor does not depend on how many it kept.
         return kept, inverted_scale(num_features, kept.shape[0] if self.exact else 0, self.p, self.exact)
+
+    def keep_all(self, num_features: int, device: torch.device) -> None:
+        """Remember that a batch kept all of its features."""
+        self.kept = _own(torch.arange(num_features, device=device))
 
     def feature_dim(self, x: Tensor) -> int:
         """`dim`, counted from the front."""
@@ -114,7 +129,7 @@ class BatchwiseDropout(nn.Module):
         dim = self.feature_dim(x)
         num_features = x.shape[dim]
         if self.p == 0:
-            self.kept = torch.arange(num_features, device=x.device)
+            self.keep_all(num_features, x.device)
             return x
         return apply_mask(x, *self.draw(num_features, x.device), dim)
 
@@ -129,7 +144,7 @@ class BatchwiseDropout(nn.Module):
 
 
 def apply_mask(x: Tensor, kept: Tensor, scale: float, dim: int) -> Tensor:
-    """x times `scale` at kept features and times 0 elsewhere (where inf and NaN stay NaN, as in torch's dropout)."""
+    """The input times `scale` at kept features, times 0 elsewhere (inf and NaN become NaN, as in torch's dropout)."""
     shape = [1] * x.ndim
     shape[dim] = x.shape[dim]
     return x * reference.mask(kept, x.shape[dim], scale, x).view(shape)

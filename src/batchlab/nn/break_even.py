@@ -36,8 +36,13 @@ def _copy(chain: nn.Module) -> nn.Module:
         other.grad = None
         setattr(other, ACCEPTS, getattr(own, ACCEPTS, False))
     for module in twin.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        ):
+            hooks.clear()
     return twin
 
 
@@ -70,7 +75,8 @@ def _measure(chain: nn.Module, x: Tensor) -> str:
     x = x.detach().clone().requires_grad_(x.requires_grad)
     velocities: dict[nn.Parameter, Tensor] = {}
     times: dict[str, list[float]] = {"submatrix": [], "mask": []}
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)  # not a checkpoint's
+    with keep, torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         for number in range(-1, ROUNDS):
             for mode, seconds in times.items():
                 taken = _step(twin, velocities, x, mode)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from batchlab.nn.submatrix_layers import Step, batch_norm_dimensions, convolution_dimensions, dropout_ahead, keeps_zero
 from batchlab.nn.batchwise_dropout import BatchwiseDropout
+from batchlab.nn.submatrix_layers import Step, batch_norm_dimensions, convolution_dimensions, dropout_ahead, keeps_zero
 
 __all__ = ["describe"]
 
@@ -54,8 +54,11 @@ def describe(steps: list[Step]) -> list[str]:
     """One line for each dropout of the chain, for inputs of the usual number of dimensions."""
     lines = []
     rows = _rows_left_out(steps)
-    for index, (name, module, _) in enumerate(steps):
+    for index, (name, module, kind) in enumerate(steps):
         if not isinstance(module, BatchwiseDropout) or module.p == 0:
+            continue
+        if kind != "dropout":  # hooks: it is called as it is
+            lines.append(f"dropout {name} leaves out nothing, and masks")
             continue
         column, place = _columns_left_out(steps, index)
         saved = [f"rows of {rows[index]}"] if index in rows else []

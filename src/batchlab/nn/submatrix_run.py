@@ -114,7 +114,8 @@ def _normalize(module: Any, x: Tensor, mean: Tensor | None, var: Tensor | None, 
     if updated and module.num_batches_tracked is not None:
         module.num_batches_tracked.add_(1)
     statistics = (mean, var) if updated or not module.training else (None, None)
-    return F.batch_norm(x, *statistics, *affine, batch_statistics, module.momentum or 0.0, module.eps), updated
+    momentum = module.momentum or 0.0
+    return F.batch_norm(x, *statistics, affine[0], affine[1], batch_statistics, momentum, module.eps), updated
 
 
 def _normalize_kept(module: Any, x: Tensor, kept: Tensor) -> Tensor:
@@ -189,17 +190,16 @@ def _pass_on(a: Compact, module: Any, kind: str) -> None:
     a.x = module(a.x)
 
 
-def _drop(a: Compact, module: BatchwiseDropout, drawn: tuple[Tensor, float] | None) -> None:
+def _draw_here(a: Compact, module: BatchwiseDropout) -> tuple[Tensor, float]:
+    """Draw a pattern that no layer in front of it could use."""
+    a.expand()
+    a.dim = module.feature_dim(a.x)
+    a.num_features = a.x.shape[a.dim]
+    return module.draw(a.num_features, a.x.device)
+
+
+def _drop(a: Compact, kept: Tensor, scale: float) -> None:
     """Apply a dropout: to features that were left out already, or to ones that are all there."""
-    if drawn is None:
-        a.expand()
-        a.dim = module.feature_dim(a.x)
-        a.num_features = a.x.shape[a.dim]
-        drawn = module.draw(a.num_features, a.x.device)
-    kept, scale = drawn
-    if kept.shape[0] == 0:  # nothing to compute with, and layers refuse tensors without features
-        a.x = apply_mask(a.x, kept, scale, a.dim)
-        return
     if a.kept is None:
         a.kept, a.x = kept, select_features(a.x, kept, a.dim)
     a.scale *= scale
@@ -211,11 +211,24 @@ def _skip(a: Compact, module: BatchwiseDropout) -> None:
     if a.kept is None:
         a.x = module(a.x)
     else:
-        module.kept = None
+        dim = module.feature_dim(a.x)
+        if module.training:
+            module.keep_all(a.num_features if dim == a.dim else a.x.shape[dim], a.x.device)
+        else:
+            module.kept = None
+
+
+def _masked_from(steps: list[Step], a: Compact, start: int, drawn: dict[int, tuple[Tensor, float]]) -> Tensor:
+    columns = None if a.kept is None else (a.kept, a.dim)
+    a.expand()
+    return run_masked(steps, a.x, start, drawn, columns)
 
 
 def run_submatrix(steps: list[Step], x: Tensor) -> Tensor:
-    """Run the chain on kept rows and columns; what cannot work on kept features gets all, with zeros at the dropped."""
+    """Run the chain on kept rows and columns; what cannot work on kept features gets all, with zeros at the dropped.
+
+    Where a pattern keeps nothing, the rest of the chain is masked: layers refuse tensors without features.
+    """
     a = Compact(x)
     drawn: dict[int, tuple[Tensor, float]] = {}
     relu = False
@@ -231,7 +244,9 @@ def run_submatrix(steps: list[Step], x: Tensor) -> Tensor:
             ahead = dropout_ahead(steps, index, a.x.ndim, dim)
             if ahead is not None:
                 drawn[ahead] = steps[ahead].module.draw(num_outputs(module, kind), a.x.device)
-                rows = drawn[ahead][0] if drawn[ahead][0].shape[0] else None
+                rows = drawn[ahead][0]
+                if not rows.shape[0]:
+                    return _masked_from(steps, a, index, drawn)
             relu = kind == "linear" and _relu_follows(steps, index)
             _produce(a, module, kind, rows, relu)
             a.num_features, a.dim = num_outputs(module, kind), dim
@@ -239,7 +254,11 @@ def run_submatrix(steps: list[Step], x: Tensor) -> Tensor:
             if not module.active:
                 _skip(a, module)
                 continue
-            _drop(a, module, drawn.pop(index, None))
+            if index not in drawn:
+                drawn[index] = _draw_here(a, module)
+                if not drawn[index][0].shape[0]:
+                    return _masked_from(steps, a, index, drawn)
+            _drop(a, *drawn.pop(index))
             if not _factor_can_wait(steps, index):
                 a.rescale()
         else:
@@ -248,21 +267,36 @@ def run_submatrix(steps: list[Step], x: Tensor) -> Tensor:
     return a.x
 
 
-def run_masked(steps: list[Step], x: Tensor) -> Tensor:
-    """Run the chain on all features, with the patterns, running statistics and gradients of `run_submatrix`."""
-    drawn: dict[int, tuple[Tensor, float]] = {}
+def run_masked(
+    steps: list[Step],
+    x: Tensor,
+    start: int = 0,
+    drawn: dict[int, tuple[Tensor, float]] | None = None,
+    columns: tuple[Tensor, int] | None = None,
+) -> Tensor:
+    """Run the chain on all features, with the patterns, running statistics and gradients of `run_submatrix`.
+
+    Args:
+        steps: the chain.
+        x: input of the first step.
+        start: index of the first step.
+        drawn: patterns that are drawn already, and their factors.
+        columns: what the last dropout kept, and the dimension it is in.
+    """
+    drawn = {} if drawn is None else drawn
     rows: Tensor | None = None
-    columns: tuple[Tensor, int] | None = None  # what the last dropout kept, and the dimension it is in
-    for index, (_, module, kind) in enumerate(steps):
+    for index in range(start, len(steps)):
+        _, module, kind = steps[index]
         if kind in ("linear", "convolution"):
             dim = feature_dim(module, kind, x.ndim)
             ahead = dropout_ahead(steps, index, x.ndim, dim)
             rows = None
             if ahead is not None:
-                drawn[ahead] = steps[ahead].module.draw(num_outputs(module, kind), x.device)
+                if ahead not in drawn:
+                    drawn[ahead] = steps[ahead].module.draw(num_outputs(module, kind), x.device)
                 rows = drawn[ahead][0]
-            kept = columns[0] if columns is not None and columns[1] == dim else None
-            weight, bias = touched(module.weight, module.bias, rows, kept)
+            known = columns[0] if columns is not None and columns[1] == dim else None
+            weight, bias = touched(module.weight, module.bias, rows, known)
             x = F.linear(x, weight, bias) if kind == "linear" else _convolve(module, x, weight, bias)
             columns = None
         elif kind == "dropout":
@@ -270,19 +304,31 @@ def run_masked(steps: list[Step], x: Tensor) -> Tensor:
                 x = module(x)
                 continue
             dim = module.feature_dim(x)
-            pattern = drawn.pop(index, None) or module.draw(x.shape[dim], x.device)
-            x = apply_mask(x, *pattern, dim)
-            columns, rows = (pattern[0], dim), None
+            kept, scale = drawn.pop(index, None) or module.draw(x.shape[dim], x.device)
+            x = apply_mask(x, kept, scale, dim)
+            columns, rows = (kept, dim), None
         else:
             if rows is not None and kind == "batch_norm":
                 x = _normalize_masked(module, x, rows)
             elif rows is not None and kind == "prelu" and module.num_parameters > 1:
                 x = F.prelu(x, touched(module.weight, None, rows, None)[0])
+            elif columns is not None and columns[1] == 1 and kind == "prelu" and module.num_parameters > 1:
+                x = F.prelu(x, touched(module.weight, None, columns[0], None)[0])
             elif columns is not None and kind == "flatten" and x.ndim > 2 and columns[1] == 1:
                 columns = flat_indices(columns[0], math.prod(x.shape[2:])), 1
                 x = module(x)
             else:
-                if not (kind in ("pooling", "prelu") or (kind == "elementwise" and keeps_zero(module))):
+                passes = (
+                    (kind == "prelu" and module.num_parameters == 1)
+                    or (kind == "elementwise" and keeps_zero(module))
+                    or (kind == "flatten" and x.ndim == 2)
+                    or (
+                        kind == "pooling"
+                        and columns is not None
+                        and columns[1] == x.ndim - 1 - pooling_dimensions(module)
+                    )
+                )
+                if not passes:
                     columns = None
                 x = module(x)
     return x

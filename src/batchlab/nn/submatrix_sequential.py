@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 
+from batchlab.functional.submatrix import transformed
 from batchlab.nn.break_even import faster_mode
 from batchlab.nn.submatrix_layers import Step, flatten
 from batchlab.nn.submatrix_plan import describe
@@ -70,7 +70,7 @@ class SubmatrixSequential(nn.Sequential):
 
     @property
     def mode(self) -> str:
-        """ "submatrix", "mask" or "auto"."""
+        """One of "submatrix", "mask" and "auto"."""
         return self._mode
 
     @mode.setter
@@ -79,18 +79,25 @@ class SubmatrixSequential(nn.Sequential):
             raise ValueError(f"mode is {value!r}; allowed are {', '.join(map(repr, MODES))}")
         self._mode = value
 
+    def __getitem__(self, index: Any) -> Any:
+        """One module, or for a slice a chain of them, in the same mode."""
+        found: Any = super().__getitem__(index)
+        if isinstance(index, slice):
+            found.mode = self._mode
+        return found
+
     def steps(self) -> list[Step]:
         """The modules in the order in which they run, those of nested Sequentials included."""
         return flatten(self, CHAINS)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         """Run the chain."""
         steps = self.steps()
         if not any(module.active for _, module, kind in steps if kind == "dropout"):
-            return super().forward(x)  # type: ignore[no-any-return]
+            return super().forward(x)  # type: ignore[no-untyped-call, no-any-return]
         mode = self._mode
         if mode == "auto":
-            mode = "submatrix" if torch.compiler.is_compiling() else faster_mode(self, x, self._faster)
+            mode = "submatrix" if transformed() else faster_mode(self, x, self._faster)
         return run_submatrix(steps, x) if mode == "submatrix" else run_masked(steps, x)
 
     def extra_repr(self) -> str:

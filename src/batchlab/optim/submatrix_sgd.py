@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,11 +16,27 @@ from batchlab.functional.submatrix_step import momentum_step
 __all__ = ["SubmatrixSGD"]
 
 
+class _Asked:
+    """How many living optimizers ask for a parameter's gradient in short; false if none does."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, ()  # optimizers are not saved with a model: something false, that any file may contain
+
+
 def _stop_accepting(parameters: list[weakref.ref[Tensor]]) -> None:
     for reference in parameters:
         parameter = reference()
-        if parameter is not None and hasattr(parameter, ACCEPTS):
-            delattr(parameter, ACCEPTS)
+        asked = getattr(parameter, ACCEPTS, None)
+        if isinstance(asked, _Asked):
+            asked.count -= 1
+            if not asked:
+                delattr(parameter, ACCEPTS)
 
 
 class SubmatrixSGD(torch.optim.Optimizer):
@@ -78,8 +95,8 @@ class SubmatrixSGD(torch.optim.Optimizer):
         nesterov: bool = False,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        defaults["dampening"] = 0  # torch's SGD reads it from a state that it loads
         super().__init__(params, defaults)
-        weakref.finalize(self, _stop_accepting, self._accepting)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own; see `torch.optim.Optimizer.add_param_group`."""
@@ -93,19 +110,35 @@ class SubmatrixSGD(torch.optim.Optimizer):
         if given["nesterov"] and given["momentum"] == 0:
             raise ValueError("nesterov looks ahead along the momentum, which is 0; set momentum above 0")
         super().add_param_group(param_group)
+        self._accept(self.param_groups[-1]["params"])
+
+    def _accept(self, parameters: list[Tensor]) -> None:
         if not hasattr(self, "_accepting"):
             self._accepting: list[weakref.ref[Tensor]] = []
-        for parameter in self.param_groups[-1]["params"]:
-            setattr(parameter, ACCEPTS, True)
+            weakref.finalize(self, _stop_accepting, self._accepting)
+        for parameter in parameters:
+            if not isinstance(getattr(parameter, ACCEPTS, None), _Asked):
+                setattr(parameter, ACCEPTS, _Asked())
+            getattr(parameter, ACCEPTS).count += 1
             self._accepting.append(weakref.ref(parameter))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        for group in state["param_groups"]:
+            refused = {name: group[name] for name in ("dampening", "maximize") if group.get(name)}
+            if refused:
+                raise ValueError(
+                    f"the state has {refused}, which SubmatrixSGD does not do; continue with torch.optim.SGD"
+                )
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("nesterov", False)
+            group.setdefault("dampening", 0)
+        if not hasattr(self, "_accepting"):  # a copy or a pickle, not a state that is loaded
+            for group in self.param_groups:
+                self._accept(group["params"])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; a closure, if given, computes the loss again first, and its result is returned."""
         loss = None
         if closure is not None:

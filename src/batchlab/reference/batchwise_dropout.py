@@ -62,10 +62,8 @@ def momentum_step(
     """
 
     def write(target: Tensor, block: Tensor) -> None:
-        if rows is None and columns is None:
-            target.copy_(block)
-        elif columns is None:
-            target.index_copy_(0, rows, block)
+        if columns is None:
+            target.copy_(block) if rows is None else target.index_copy_(0, rows, block)
         else:
             # Whole rows are taken out, changed in their kept columns, and put back.
             kept_rows = target if rows is None else target.index_select(0, rows)

@@ -1,0 +1,204 @@
+"""Kernels are compiled once, whoever asks first, and where that cannot be done PyTorch's own operations serve."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from batchlab import kernels
+from batchlab.kernels.build import BuildError, build, cache_folder
+
+pytestmark = pytest.mark.skipif(not kernels.submatrix.available(), reason="no C++ compiler")
+
+TINY = 'extern "C" int answer() { return 42; }\n'
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("BATCHLAB_KERNELS", str(folder))
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.cpp"
+    path.write_text(TINY)
+    return path
+
+
+def answer(library: Path) -> int:
+    return int(ctypes.CDLL(str(library)).answer())
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATCHLAB_KERNELS", "/a/b")
+    assert cache_folder() == Path("/a/b")
+    monkeypatch.delenv("BATCHLAB_KERNELS")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/c")
+    assert cache_folder() == Path("/c/batchlab/kernels")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "batchlab" / "kernels"
+
+
+def test_compiles_once(cache: Path, source: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    library = build(source)
+    assert library.parent == cache
+    assert answer(library) == 42
+    assert "compiling tiny.cpp, once" in capfd.readouterr().err
+    written = library.stat().st_mtime_ns
+    assert build(source) == library
+    assert library.stat().st_mtime_ns == written
+    assert capfd.readouterr().err == ""
+    assert [path.name for path in cache.iterdir()] == [library.name]  # nothing partial is left
+
+
+def test_another_source_or_compiler_flag_is_another_library(source: Path, cache: Path) -> None:
+    first = build(source)
+    source.write_text(TINY.replace("42", "43"))
+    second = build(source)
+    assert first != second
+    assert first.parent == second.parent == cache
+    assert answer(second) == 43
+
+
+@pytest.mark.parametrize("size", [0, 10, 5000, -1], ids=["empty", "header", "half", "changed"])
+def test_a_damaged_library_is_built_again(cache: Path, source: Path, size: int) -> None:
+    library = build(source)
+    whole = library.read_bytes()
+    damaged = whole[:size] if size >= 0 else whole[:-1] + bytes([whole[-1] ^ 1])
+    library.unlink()  # a new file: the old one may be loaded here
+    library.write_bytes(damaged)
+    found = build(source)
+    assert found.read_bytes() == whole
+    assert answer(found) == 42
+    assert len(list(cache.glob("*.so"))) == 1
+
+
+def test_two_processes_at_once(cache: Path, source: Path) -> None:
+    code = f"from pathlib import Path; from batchlab.kernels.build import build; print(build(Path({str(source)!r})))"
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=100) for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    names = {out.strip() for out, _ in outputs}
+    assert len(names) == 1
+    assert answer(Path(names.pop())) == 42
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_an_unusable_folder_is_replaced(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BATCHLAB_KERNELS", str(tmp_path / "file" / "below"))
+    library = build(source)
+    assert tmp_path not in library.parents
+    assert answer(library) == 42
+    library.unlink()
+    library.parent.rmdir()
+
+
+def test_a_folder_that_cannot_be_written_to_is_replaced(
+    cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.mkdir()
+    access = os.access  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode, **options: path != cache and access(path, mode, **options))
+    library = build(source)
+    assert library.parent != cache
+    assert answer(library) == 42
+    library.unlink()
+    library.parent.rmdir()
+
+
+def test_what_the_compiler_says_is_in_the_error(cache: Path, source: Path) -> None:
+    source.write_text("int f() { return misspelled; }")
+    with pytest.raises(BuildError, match=r"did not compile tiny.cpp:(.|\n)*misspelled"):
+        build(source)
+    assert not list(cache.iterdir())
+
+
+def test_a_compiler_that_only_fails(cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = source.parent / "compiler"
+    script.write_text("#!/bin/sh\necho licence expired >&2\nexit 3\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    with pytest.raises(BuildError, match=r"compiler did not compile tiny\.cpp: licence expired"):
+        build(source)
+
+
+def test_the_compiler_may_have_arguments(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "env c++")
+    assert answer(build(source)) == 42
+    assert list(cache.iterdir())
+
+
+def test_no_other_compiler_replaces_the_chosen_one(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent")
+    with pytest.raises(BuildError, match=r"there is no C\+\+ compiler \$CXX=/nonexistent"):
+        build(source)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(cache))
+    with pytest.raises(BuildError, match=r"looked for \$CXX, c\+\+, g\+\+, clang\+\+"):
+        build(source)
+
+
+STEP = """
+import warnings
+import torch
+from torch import nn
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from batchlab import kernels
+    from batchlab.nn import BatchwiseDropout, SubmatrixSequential
+    from batchlab.optim import SubmatrixSGD
+    torch.manual_seed(0)
+    modules = [
+        nn.Conv2d(2, 6, 3), nn.ReLU(), BatchwiseDropout(), nn.Flatten(),
+        nn.Linear(54, 20), nn.ReLU(), BatchwiseDropout(), nn.Linear(20, 9), nn.ReLU(), BatchwiseDropout(0.3),
+        nn.Linear(9, 3),
+    ]
+    net = SubmatrixSequential(*modules, mode="submatrix").double()
+    optimizer = SubmatrixSGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        net(torch.ones(4, 2, 5, 5, dtype=torch.float64)).square().sum().backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+print(kernels.submatrix.available())
+print([str(w.message) for w in caught if w.category is RuntimeWarning])
+print([round(p.sum().item(), 9) for p in net.parameters()], kernels.submatrix.release_memory() >= 0)
+"""
+
+
+def test_without_a_compiler_results_are_equal(cache: Path) -> None:
+    with_kernel = python(STEP, BATCHLAB_KERNELS="")
+    without = python(STEP, CXX="/nonexistent")
+    assert with_kernel.returncode == without.returncode == 0, without.stderr
+    first, second = with_kernel.stdout.splitlines(), without.stdout.splitlines()
+    assert (first[0], second[0]) == ("True", "False")
+    assert first[1] == "[]"
+    assert second[1].count("there is no C++ compiler") == 1
+    assert "right, but slower" in second[1]
+    assert first[2] == second[2]
+    assert not cache.exists() or not list(cache.iterdir())
+
+
+def test_a_damaged_library_and_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BATCHLAB_KERNELS")
+    library = build(kernels.submatrix.SOURCE)
+    cache.mkdir()
+    (cache / library.name).write_bytes(library.read_bytes()[:40000])
+    done = python(STEP, CXX="/nonexistent", BATCHLAB_KERNELS=str(cache))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("False")
