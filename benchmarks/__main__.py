@@ -1,6 +1,9 @@
 """`make bench`: every benchmark, one after the other, one thread."""
 
-from benchmarks import batch_norm, training_loop
+from benchmarks import batch_norm, batchwise_dropout, training_loop
 
-training_loop.main()
-batch_norm.main()
+# Parts of batchwise_dropout run in processes of their own, which import this module again.
+if __name__ == "__main__":
+    training_loop.main()
+    batch_norm.main()
+    batchwise_dropout.main()

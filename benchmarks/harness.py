@@ -1,19 +1,19 @@
 """Interleaved A/B timing: candidates take turns, so that a machine that drifts drifts for all of them."""
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
 from batchlab.lab.records import describe_environment
+from batchlab.lab.timing import ratio, take_turns
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -35,24 +35,24 @@ class Timing:
     high: float
 
 
-def interleave(candidates: Mapping[str, Callable[[], Any]], rounds: int, title: str) -> dict[str, Timing]:
-    """Time the candidates in turn, `rounds` times each after one warm-up; ratios are to the first candidate."""
-    for work in candidates.values():
-        work()
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for index in track(range(rounds), description=title, transient=True):
-        names = list(candidates)
-        # Who goes first changes from round to round: the first may find colder caches.
-        for name in names[index % len(names) :] + names[: index % len(names)]:
-            started = time.perf_counter()
-            candidates[name]()
-            times[name].append(time.perf_counter() - started)
+def interleave(
+    candidates: Mapping[str, Callable[[], Any]], rounds: int, title: str, calls: int = 1, warm_up: int = 1
+) -> dict[str, Timing]:
+    """Time the candidates in turn, `rounds` times `calls` after the warm-up; ratios are to the first candidate."""
+    # Drawn between rounds only: a thread that draws would take its time from the candidates'.
+    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
+        task = progress.add_task(title, total=rounds)
+
+        def advance() -> None:
+            progress.advance(task)
+            progress.refresh()
+
+        times = take_turns(candidates, rounds, calls=calls, warm_up=warm_up, on_round=advance)
     first = next(iter(times.values()))
     found = {}
     for name, values in times.items():
-        ratios = [a / b for a, b in zip(values, first, strict=True)]
-        low, middle, high = quantiles(ratios, n=4)
-        found[name] = Timing(median(values), middle, low, high)
+        spread = ratio(values, first)
+        found[name] = Timing(median(values), spread.median, spread.low, spread.high)
     return found
 
 
@@ -75,6 +75,11 @@ def report(benchmark: str, case: str, timings: Mapping[str, Timing], rounds: int
         "microseconds": {name: round(1e6 * t.seconds / per_call, 2) for name, t in timings.items()},
         "ratio": {name: [round(t.ratio, 4), round(t.low, 4), round(t.high, 4)] for name, t in timings.items()},
     }
+    append(benchmark, line)
+
+
+def append(benchmark: str, line: Mapping[str, Any]) -> None:
+    """Append a line to benchmarks/results/<benchmark>.jsonl."""
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{benchmark}.jsonl").open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(line) + "\n")

@@ -879,3 +879,44 @@ def test_inductor_draws_the_same_patterns(exact: bool) -> None:
         torch.manual_seed(seed)
         near(compiled(torch.ones(4, 6)), expected, 1e-5)
         assert patterns(net) == patterns(eager)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("p", [0.5, 0.01], ids=["half", "all kept"])
+@pytest.mark.parametrize("first", [nn.ReLU, nn.Sigmoid])
+def test_an_activation_in_place_behind_a_dropout(first: type[nn.Module], p: float, mode: str) -> None:
+    # With p = 0.01 all of 6 features are kept, and the factor is 1: there is no new tensor by itself.
+    modules = [nn.Linear(4, 6), first(), BatchwiseDropout(p), nn.LeakyReLU(inplace=True), nn.Linear(6, 3)]
+    net, plain = SubmatrixSequential(*modules, mode=mode).double(), nn.Sequential(*copy.deepcopy(modules)).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    y, gradients = run(net, x)
+    expected, plain_gradients = run(plain, x)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    for ours_, theirs in zip(gradients, plain_gradients, strict=True):
+        torch.testing.assert_close(ours_, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_forward_of_the_instances_own_is_called() -> None:
+    net = SubmatrixSequential(nn.Linear(4, 6), BatchwiseDropout(0.5), nn.Linear(6, 3), mode="submatrix")
+    seen: list[torch.Size] = []
+
+    def forward(x: Tensor) -> Tensor:
+        seen.append(x.shape)
+        return nn.functional.linear(x, net[2].weight)
+
+    net[2].forward = forward
+    net(torch.randn(5, 4))
+    assert seen == [torch.Size([5, 6])]  # all features, zeros at the dropped ones
+    assert "masks before 2" in repr(net)
+
+
+def test_auto_with_what_deepcopy_refuses() -> None:
+    net = SubmatrixSequential(nn.Linear(4, 6), BatchwiseDropout(0.5), nn.utils.weight_norm(nn.Linear(6, 3)))
+    net(torch.randn(5, 4))
+    net(torch.randn(5, 4)).sum().backward()  # weight_norm's weight is inside a graph now
+
+    class Stubborn(nn.Identity):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise TypeError("no copies")
+
+    SubmatrixSequential(nn.Linear(4, 6), BatchwiseDropout(0.5), Stubborn())(torch.randn(5, 4)).sum().backward()

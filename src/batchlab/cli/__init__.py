@@ -1,4 +1,4 @@
-"""The command line: `batchlab studies`, `batchlab study NAME`, `batchlab report DIR`; one thin module per command."""
+"""The command line: `batchlab studies`, `study NAME`, `report DIR`, `bench NAME`; one thin module per command."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = parse(words).execute(Console(), errors)
         return code
     except KeyboardInterrupt:
+        if words[:1] == ["bench"]:
+            errors.print("\nStopped.")
+            return 130
         errors.print("\nStopped. Everything done so far is kept; the same command goes on from there:")
         errors.print(f"  {_program()} {shlex.join(words)}", style="bold", soft_wrap=True, markup=False)
         return 130

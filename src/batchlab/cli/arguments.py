@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final
 
 import tyro
 
+from batchlab.cli.bench import Bench
 from batchlab.cli.report import Report
 from batchlab.cli.studies import Studies
 from batchlab.cli.study import StudyCommand
@@ -20,6 +21,7 @@ Command = (
     Annotated[Studies, tyro.conf.subcommand("studies")]
     | Annotated[StudyCommand, tyro.conf.subcommand("study")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 
 _BOX: Final = "╭╮╰╯─│+-|"  # rich falls back to the last three where the terminal knows no others
@@ -57,7 +59,7 @@ def parse(words: Sequence[str]) -> Any:
             )
     except SystemExit as end:
         if end.code:
-            known = next((word for word in words if word in ("studies", "study", "report")), "")
+            known = next((word for word in words if word in ("studies", "study", "report", "bench")), "")
             help_command = " ".join(["batchlab", known, "--help"]).replace("  ", " ")
             print(f"batchlab: {_one_line(complaint.getvalue())} (see {help_command})", file=sys.stderr)
         raise

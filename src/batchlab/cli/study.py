@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -77,9 +77,14 @@ the 5,000 digits that come with batchlab."""
             if self.quick and self.size not in (None, "quick"):
                 raise SettingsError(f"--quick and --size {self.size} contradict each other: pass one of them")
             settings = study.sizes["quick" if self.quick else self.size or "full"]
+        known = {field.name for field in fields(study.settings)}
         changes: dict[str, Any] = {} if self.seeds is None else {"seeds": self.seeds}
         if self.dataset is not None and self.dataset != settings.dataset:
-            changes |= {"dataset": self.dataset, "targets": ()}  # targets are the data set's
+            changes["dataset"] = self.dataset
+            if "targets" in known:
+                changes["targets"] = ()  # they are the data set's
+        if "seeds" in changes and "seeds" not in known:
+            raise SettingsError(f"the study {study.name} has no random starts to repeat: leave out --seeds")
         return replace(settings, **changes)
 
     def _folder(self, study: Study) -> Path:

@@ -97,12 +97,7 @@ class Memory {
 
   int64_t release() {
     std::lock_guard<std::mutex> lock(mutex_);
-    const int64_t released = waiting_;
-    for (auto& [bytes, pieces] : pieces_)
-      for (void* piece : pieces) std::free(piece);
-    pieces_.clear();
-    waiting_ = 0;
-    return released;
+    return release_all();
   }
 
  private:
@@ -110,6 +105,15 @@ class Memory {
     int64_t step = 64;
     while (step * 16 < bytes) step *= 2;
     return (bytes + step - 1) / step * step + (bytes == 0 ? 64 : 0);
+  }
+
+  int64_t release_all() {
+    const int64_t released = waiting_;
+    for (auto& [bytes, pieces] : pieces_)
+      for (void* piece : pieces) std::free(piece);
+    pieces_.clear();
+    waiting_ = 0;
+    return released;
   }
 
   void* take(int64_t bytes) {
@@ -130,8 +134,9 @@ class Memory {
 
   void give(void* piece, int64_t bytes) {
     std::lock_guard<std::mutex> lock(mutex_);
+    if (waiting_ + bytes > kMostBytes) release_all();  // sizes that nobody asks for any more
     auto& pieces = pieces_[bytes];
-    if (pieces.size() >= kMostPieces || waiting_ + bytes > kMostBytes) {
+    if (pieces.size() >= kMostPieces || bytes > kMostBytes) {
       std::free(piece);
     } else {
       pieces.push_back(piece);

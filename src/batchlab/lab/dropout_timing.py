@@ -39,7 +39,7 @@ KINDS: Final[dict[str, str]] = {
     "mask": "batchwise dropout, masks",
     "auto": "batchwise dropout, the faster of the two",
 }
-"""Ways to build a network. The small one has just the units that batchwise dropout keeps: the limit of what it saves."""
+"""Ways to build a network. The small one has just the units that batchwise dropout keeps: the limit."""
 
 _MODES: Final = {"batchwise": "submatrix", "mask": "mask", "auto": "auto"}
 
@@ -117,10 +117,10 @@ CONVOLUTIONAL: Final = Network((3, 128, 256, 384, 512, 10), (0.0, 0.5, 0.5, 0.5,
 def step_flops(network: Network, batch_size: int) -> int:
     """Floating-point operations of the products of one training step: forward, and both gradients.
 
-    A product costs 2 · batch · inputs · outputs (· kernel² · positions). The first layer needs no gradient of its input.
+    A product costs 2 · batch · inputs · outputs (· kernel² · positions); the first layer has no gradient of its input.
 
     >>> step_flops(mlp((800, 800)).small(), 100) / step_flops(mlp((800, 800)), 100)
-    0.298...
+    0.3106...
     """
     total = 0
     for index, (inputs, outputs, kernel, positions) in enumerate(network.layers()):
@@ -194,6 +194,7 @@ class TrainingStep:
         return self.images[start : start + self.batch_size], self.labels[start : start + self.batch_size]
 
     def __call__(self) -> None:
+        """Take the step."""
         images, labels = self.batch()
         self.optimizer.zero_grad()
         F.cross_entropy(self.model(images), labels).backward()

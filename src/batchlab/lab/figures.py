@@ -13,7 +13,7 @@ from typing import Any, Final
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from batchlab.lab.comparison import Curve
 
@@ -229,6 +229,7 @@ def line_figure(
     percent: bool = False,
     limits: tuple[float | None, float | None] = (None, None),
     ticks: Sequence[float] = (),
+    x_ticks: Sequence[float] = (),
     levels: Mapping[str, float] | None = None,
     description: str,
 ) -> str:
@@ -244,6 +245,7 @@ def line_figure(
         percent: values are shares, shown as per cent.
         limits: lowest and highest value shown.
         ticks: marks on the value axis; empty: chosen.
+        x_ticks: marks on the position axis; empty: chosen.
         levels: values to draw a thin line at, by what to write there.
         description: for readers who do not see the picture.
     """
@@ -261,6 +263,14 @@ def line_figure(
         if log_y:
             axes.set_yscale("log")
         axes.set_ylim(*limits)
+        if x_ticks:
+            axes.set_xticks(list(x_ticks))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        if log_y:
+            low, high = axes.get_ylim()
+            if high < 100 * low:  # powers of ten alone would leave the axis with one number
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         if ticks:
             axes.set_yticks(list(ticks))
             axes.minorticks_off()

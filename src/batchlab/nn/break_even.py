@@ -19,6 +19,9 @@ __all__ = ["faster_mode"]
 ROUNDS: Final = 7
 CLEAR: Final = 1.5
 """A ratio of two times that needs no second look."""
+TURN_SECONDS: Final = 0.01
+MOST_CALLS: Final = 10
+"""Short steps are called several times in a turn, for about this long."""
 
 
 def _key(chain: nn.Module, x: Tensor) -> tuple[Any, ...]:
@@ -26,12 +29,19 @@ def _key(chain: nn.Module, x: Tensor) -> tuple[Any, ...]:
     batch = x.shape[0].bit_length() if x.ndim and x.shape[0] else 0
     dropouts = tuple((m.p, m.exact) for m in chain.modules() if hasattr(m, "kept") and getattr(m, "active", False))
     threads = torch.get_num_threads()
-    return batch, x.shape[1:], x.dtype, x.device, dropouts, torch.is_grad_enabled(), threads
+    # Not whether gradients are on: a checkpoint runs without them first, and must choose the same when it runs again.
+    return batch, x.shape[1:], x.dtype, x.device, dropouts, threads
 
 
 def _copy(chain: nn.Module) -> nn.Module:
     """A copy to train for nothing: same values, and gradients of the same kind."""
-    twin = copy.deepcopy(chain)
+    inside_a_graph = {
+        id(value): value.detach().clone()  # weight_norm's `weight`, made anew by each forward, which deepcopy refuses
+        for module in chain.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    twin = copy.deepcopy(chain, inside_a_graph)
     for own, other in zip(chain.parameters(), twin.parameters(), strict=True):
         other.grad = None
         setattr(other, ACCEPTS, getattr(own, ACCEPTS, False))
@@ -53,7 +63,7 @@ def _step(twin: nn.Module, velocities: dict[nn.Parameter, Tensor], x: Tensor, mo
         torch.cuda.synchronize(x.device)
     started = time.perf_counter()
     y = twin(x)
-    if torch.is_grad_enabled() and y.requires_grad:
+    if y.requires_grad:
         y.backward(torch.ones_like(y))
         changed = [p for p in twin.parameters() if isinstance(p.grad, SubmatrixGradient)]
         for parameter in changed:
@@ -70,22 +80,31 @@ def _step(twin: nn.Module, velocities: dict[nn.Parameter, Tensor], x: Tensor, mo
     return time.perf_counter() - started
 
 
+def _turn(twin: nn.Module, velocities: dict[nn.Parameter, Tensor], x: Tensor, mode: str, calls: int) -> float:
+    """Seconds of a step, as the quickest of some calls in a row: whatever else the machine does only adds."""
+    return min(_step(twin, velocities, x, mode) for _ in range(calls))
+
+
 def _measure(chain: nn.Module, x: Tensor) -> str:
-    twin = _copy(chain)
+    try:
+        twin = _copy(chain)
+    except Exception:  # a module that cannot be copied cannot be trained for nothing
+        return "submatrix"
     x = x.detach().clone().requires_grad_(x.requires_grad)
     velocities: dict[nn.Parameter, Tensor] = {}
-    times: dict[str, list[float]] = {"submatrix": [], "mask": []}
     keep = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)  # not a checkpoint's
-    with keep, torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        for number in range(-1, ROUNDS):
-            for mode, seconds in times.items():
-                taken = _step(twin, velocities, x, mode)
-                if number >= 0:  # the first of each compiles, allocates and warms up
-                    seconds.append(taken)
-            middle = {mode: median(seconds) for mode, seconds in times.items() if seconds}
-            if middle and max(middle.values()) > CLEAR * min(middle.values()):
+    with keep, torch.enable_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        # The first of each compiles, allocates and warms up.
+        slowest = max(_turn(twin, velocities, x, mode, 2) for mode in ("submatrix", "mask"))
+        calls = max(1, min(MOST_CALLS, round(TURN_SECONDS / max(slowest, 1e-9))))
+        ratios: list[float] = []
+        for _ in range(ROUNDS):
+            # Both in the same round, so that a machine that drifts drifts for both.
+            seconds = [_turn(twin, velocities, x, mode, calls) for mode in ("submatrix", "mask")]
+            ratios.append(seconds[0] / seconds[1])
+            if max(ratios[0], 1 / ratios[0]) > CLEAR:
                 break
-    return min(middle, key=lambda mode: middle[mode])
+    return "submatrix" if median(ratios) < 1 else "mask"
 
 
 def faster_mode(chain: nn.Module, x: Tensor, known: dict[Any, str]) -> str:

@@ -86,16 +86,20 @@ class Step(NamedTuple):
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
+    """Whether calling the module does more than its class's forward, or something else."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 
 def kind_of(module: Any) -> str:
     """How a module is taken: by a name of what it does to features, or "opaque": on all features, as it is.
 
-    Exact types only: a subclass may do anything. So may a hook.
+    Exact types only: a subclass may do anything. So may a hook, or a forward of the instance's own.
     """
     cls = type(module)
     kind = FIXED_KINDS.get(cls)

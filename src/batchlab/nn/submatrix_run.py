@@ -185,8 +185,11 @@ def _pass_on(a: Compact, module: Any, kind: str) -> None:
         )
         if not fits:
             a.expand()
-    if a.scale != 1 and kind not in ("flatten", "pooling") and not is_homogeneous(module):
+    in_place = getattr(module, "inplace", False)
+    if a.scale != 1 and kind not in ("flatten", "pooling") and (in_place or not is_homogeneous(module)):
         a.rescale()
+    elif in_place and a.dropped:
+        a.x = a.x.clone()  # a dropout makes a new tensor; without one this would be the saved output of a layer
     a.x = module(a.x)
 
 

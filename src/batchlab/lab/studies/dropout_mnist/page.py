@@ -133,11 +133,11 @@ def _method(settings: DropoutMnistSettings, epochs: float) -> str:
         f"rate that falls exponentially to {100 * settings.final:.0f} % of the first. Their 200 epochs are "
         f"{epochs:.0f} here. Differences: all arms have the same first weights (theirs differ between the kinds of "
         "network), the scaling is inverted (1/(1-p) in training), patterns keep an exact number of units, and each "
-        f"arm's first learning rate is chosen on held-out training images from {rates}. The authors' is 0.1 here without "
-        "dropout, and 0.1 · (1-p)² behind a dropout of p, 0.025 for one half: the inverted scaling enlarges activations, "
-        "gradients and so the steps. Batchwise dropout is trained by SubmatrixSGD, which, as their code, lets the momentum of dropped "
-        "units rest. All arms share seeds, and with them first weights and the order of images. A run's test error is "
-        "the mean over the evaluations in its last tenth."
+        f"arm's first learning rate is chosen on held-out training images from {rates}. The authors' is 0.1 here "
+        "without dropout, and 0.1 · (1-p)² behind a dropout of p, 0.025 for one half: the inverted scaling enlarges "
+        "activations, gradients and so the steps. Batchwise dropout is trained by SubmatrixSGD, which, as their code, "
+        "lets the momentum of dropped units rest. All arms share seeds, and with them first weights and the order of "
+        "images. A run's test error is the mean over the evaluations in its last tenth."
     )
 
 

@@ -45,8 +45,8 @@ class DropoutMnistSettings:
         dataset: "mnist" or "fashion".
         steps: of each final run; the authors' code has 200 epochs of 600.
         seeds: final runs of each arm; the same seeds in every arm.
-        rates: first learning rates tried for each arm. The authors' code has what is 0.1 here without dropout, and 0.025
-            between dropped layers of 0.5: the inverted scaling doubles activations and with them gradients.
+        rates: first learning rates tried for each arm. The authors' code has what is 0.1 here without dropout,
+            and 0.025 behind a dropout of one half: the inverted scaling enlarges activations, and gradients with them.
         search_steps: steps of each run of the search.
         search_seeds: runs of each arm and rate in the search; other seeds than the final ones.
         batch_size: the authors' code has 100.

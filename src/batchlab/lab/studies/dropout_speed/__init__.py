@@ -47,6 +47,8 @@ def _command(settings: DropoutSpeedSettings) -> str:
 
 def _measure_missing(settings: DropoutSpeedSettings, folder: Path, dataset: Dataset, console: Console) -> None:
     points = plan(settings)
+    for leftover in (folder / "points").glob(".*.partial"):  # of a study that was killed while it wrote
+        leftover.unlink()
     missing = {name: point for name, point in points.items() if not (folder / name).is_file()}
     if not missing:
         return
@@ -64,7 +66,8 @@ def _measure_missing(settings: DropoutSpeedSettings, folder: Path, dataset: Data
     ) as bar:
         work = {name: expected_work(settings, *point) for name, point in points.items()}
         done = sum(work[name] for name in points if name not in missing)
-        task = bar.add_task("", total=sum(work.values()), completed=done)
+        task = bar.add_task("", total=sum(work.values()))
+        bar.advance(task, done)
 
         def advance(amount: float) -> None:
             bar.advance(task, amount)

@@ -8,7 +8,7 @@ from batchlab.lab.studies.dropout_speed.settings import DropoutSpeedSettings
 from batchlab.lab.studies.dropout_speed.summary import PAPER, Row, paper_row, saving
 from batchlab.lab.timing import Quartiles
 
-__all__ = ["answer", "percent", "seconds_text", "times", "where"]
+__all__ = ["answer", "percent", "percent_range", "seconds_text", "times", "where"]
 
 
 def percent(share: float) -> str:
@@ -48,6 +48,11 @@ def _less(times_faster: Quartiles) -> str:
     return f"{percent(more[1])} more time (quartiles {100 * more[0]:.0f} to {100 * more[2]:.0f}) than"
 
 
+def _change(row: Row) -> str:
+    share = saving(row.times_faster["none"]).median
+    return f"{percent(abs(share))} {'less' if share >= 0 else 'more'} ({where(row)})"
+
+
 def answer(settings: DropoutSpeedSettings, rows: Sequence[Row]) -> list[str]:
     """The two sentences that open the report: the paper's point, and the range over all points with the limit."""
     row = paper_row(rows)
@@ -62,17 +67,14 @@ def answer(settings: DropoutSpeedSettings, rows: Sequence[Row]) -> list[str]:
         f"{_less(row.times_faster['none'])} training without dropout, and {_less(row.times_faster['independent'])} "
         f"training with independent dropout{paper}."
     )
-    shares = [saving(row.times_faster["none"]).median for row in rows]
-    least, most = rows[shares.index(min(shares))], rows[shares.index(max(shares))]
+    ordered = sorted(rows, key=lambda row: row.times_faster["none"].median)
+    least, most = ordered[0], ordered[-1]
+    span = _change(most) if len(rows) == 1 else f"from {_change(least)} to {_change(most)}"
     limits = sorted(row.over_limit.median for row in rows)
-    between = f"{limits[0]:.2f} times" if len(limits) == 1 else f"{limits[0]:.2f} to {limits[-1]:.2f} times"
-    span = (
-        f"{percent(max(shares))} ({where(most)})"
-        if len(rows) == 1
-        else f"from {percent(min(shares))} ({where(least)}) to {percent(max(shares))} ({where(most)})"
-    )
+    between = f"{limits[0]:.2f}" if len(limits) == 1 else f"{limits[0]:.2f} to {limits[-1]:.2f}"
     second = (
-        f"Against no dropout it saves {span}; arithmetic alone would spare {percent(1 - most.work)} there, and a dense "
-        f"network of just the kept units, the limit, is what batchwise dropout takes {between} the time of."
+        f"Against no dropout the change in time is {span}, where arithmetic alone would spare "
+        f"{percent(1 - most.work)}; and it takes {between} times as long as a dense network of just the "
+        "kept units, which is the limit."
     )
     return [first, second]

@@ -18,7 +18,18 @@ from batchlab.lab.studies.dropout_speed.settings import DropoutSpeedSettings
 from batchlab.lab.timing import calls_for, one_thread, take_turns
 from batchlab.lab.training import prepare_images
 
-__all__ = ["ARMS", "Point", "check_settings", "measure_point", "network", "plan", "read_point", "refuse_other_machines"]
+__all__ = [
+    "ARMS",
+    "Point",
+    "check_settings",
+    "expected_work",
+    "measure_point",
+    "network",
+    "plan",
+    "read_point",
+    "refuse_other_machines",
+    "write_point",
+]
 
 ARMS: Final[dict[str, str]] = {
     "none": "no dropout",
@@ -145,12 +156,10 @@ def refuse_other_machines(folder: Path, points: Sequence[Point]) -> None:
     """
     now = describe_environment()
     for point in points:
-        differences = [f"{key}: {point.environment.get(key)}, not {value}" for key, value in now.items()]
-        differences = [
-            text for text, key in zip(differences, now, strict=True) if point.environment.get(key) != now[key]
-        ]
+        there = point.environment
+        differences = [f"{key}: {there.get(key)}, not {value}" for key, value in now.items() if there.get(key) != value]
         if differences:
             raise ValueError(
-                f"{folder} has points that were measured elsewhere ({'; '.join(differences)}): finish the study where it "
-                "was started, choose another folder with --out, or delete this one"
+                f"{folder} has points that were measured elsewhere ({'; '.join(differences)}): finish the study where "
+                "it was started, choose another folder with --out, or delete this one"
             )

@@ -34,7 +34,7 @@ def _line(rows: Sequence[Row], values: Sequence[Quartiles], dashed: bool = False
 def _seconds_figure(batch_size: int, rows: Sequence[Row]) -> str:
     lines = {label: _line(rows, [row.epoch[arm] for row in rows], dashed=arm == "small") for arm, label in ARMS.items()}
     work = [row.epoch["none"].median * row.work for row in rows]
-    lines["no dropout, times the arithmetic left"] = Line([row.width for row in rows], work, dashed=True)
+    lines["share of arithmetic"] = Line([row.width for row in rows], work, dashed=True)
     return line_figure(
         f"dropout-speed-seconds-{batch_size}",
         lines,
@@ -42,6 +42,7 @@ def _seconds_figure(batch_size: int, rows: Sequence[Row]) -> str:
         y_label="seconds an epoch",
         log_x=True,
         log_y=True,
+        x_ticks=[row.width for row in rows],
         description=f"Seconds of an epoch against hidden units, batches of {batch_size}, both axes logarithmic: "
         + ", ".join(lines),
     )
@@ -64,6 +65,7 @@ def _saving_figure(arm: str, rows: Sequence[Row]) -> str:
         y_label=f"time saved from {ARMS[arm]}",
         log_x=True,
         percent=True,
+        x_ticks=[row.width for row in widest],
         limits=(min(0.0, lowest - 0.05), 1.0),
         description=f"Share of the time that batchwise dropout saves, compared with {ARMS[arm]}, against hidden units",
     )
@@ -117,10 +119,11 @@ def verdict_table(rows: Sequence[Row]) -> Table:
     return Table(
         ["", "the paper (recalled)", "here"],
         cells,
-        "In brackets: quartiles over rounds. The paper's numbers are quoted from memory and still to be checked against "
-        "its text. They are for an NVIDIA GeForce GTX 780 and the authors' own code; these for one thread of a processor. "
-        f"The bound of {percent(PAPER['bound'])} holds for products between two layers that drop half of their units; a "
-        "first layer that drops less of its inputs spares less arithmetic, and memory traffic has a bound of its own.",
+        "In brackets: quartiles over rounds. The paper's numbers are quoted from memory and still to be checked "
+        "against its text. They are for an NVIDIA GeForce GTX 780 and the authors' own code; these for one thread of a "
+        f"processor. The bound of {percent(PAPER['bound'])} holds for products between two layers that drop half of "
+        "their units; a first layer that drops less of its inputs spares less arithmetic, and memory traffic has a "
+        "bound of its own.",
     )
 
 
@@ -135,11 +138,11 @@ def _method(settings: DropoutSpeedSettings, points: Sequence[Point], command: st
                 f"Networks {network} with ReLUs, {settings.input_rate:g} of the inputs and {settings.rate:g} of the "
                 f"hidden units dropped; whole training steps (zero the gradients, forward, cross-entropy, backward, "
                 f"update with momentum 0.9) on one thread. No dropout, independent dropout (torch's) and the small "
-                f"network are trained by torch's SGD in its fastest form (fused); batchwise dropout runs on submatrices "
-                f"and is trained by SubmatrixSGD. The four take turns: {settings.rounds} rounds, in each of which every "
-                f"network trains for {number} steps; who begins changes from round to round. Ratios are taken within "
-                f"a round, then their median and quartiles over rounds, so that what slows down a round slows down "
-                f"both. Two warm-up steps and one to choose the length of a turn are not counted."
+                f"network are trained by torch's SGD in its fastest form (fused); batchwise dropout runs on "
+                f"submatrices and is trained by SubmatrixSGD. The four take turns: {settings.rounds} rounds, in each "
+                f"of which every network trains for {number} steps; who begins changes from round to round. Ratios are "
+                f"taken within a round, then their median and quartiles over rounds, so that what slows down a round "
+                f"slows down both. Two warm-up steps and one to choose the length of a turn are not counted."
             ),
             Paragraph(
                 f"No epoch was run to its end: seconds an epoch are the time of a step, times the steps of "
@@ -155,16 +158,16 @@ def _seconds_blocks(settings: DropoutSpeedSettings, rows: Sequence[Row], drawn: 
     blocks: list[Block] = [
         FigureBlock(
             drawn[f"seconds-batch{size}"],
-            f"Batches of {size:,}: training time for {settings.epoch_images:,} images, extrapolated from some steps; both "
-            "axes are logarithmic. The small network is a dense one of just the units that dropout keeps: the least that "
-            "can be hoped for. The other dashed line is the time without dropout, times the share of the arithmetic that "
-            "is left.",
+            f"Batches of {size:,}: training time for {settings.epoch_images:,} images, extrapolated from some steps; "
+            "both axes are logarithmic. The small network is a dense one of just the units that dropout keeps: the "
+            "least that can be hoped for. The other dashed line is the time without dropout, times the share of the "
+            "arithmetic that is left.",
         )
         for size in _batches(rows)
     ]
     caption = (
-        f"Seconds for {settings.epoch_images:,} images (medians), the share of the time that batchwise dropout saves, and "
-        f"its time as a multiple of the small network's; in brackets: quartiles over {settings.rounds} rounds."
+        f"Seconds for {settings.epoch_images:,} images (medians), the share of the time that batchwise dropout saves, "
+        f"and its time as a multiple of the small network's; in brackets: quartiles over {settings.rounds} rounds."
     )
     return [*blocks, speed_table(rows, caption)]
 
@@ -191,10 +194,10 @@ def build_page(
         answer=answer(settings, rows),
         hero=FigureBlock(
             drawn["saving-none"],
-            "The share of the training time that batchwise dropout saves, compared with the same network without dropout; "
-            "bands hold the middle half of the rounds. Dashed: the share of the arithmetic that falls away, what one "
-            "would save if nothing else took time. The single mark is the paper's number, as recalled, for batches of 100 "
-            "on a graphics processor of 2013.",
+            "The share of the training time that batchwise dropout saves, compared with the same network without "
+            "dropout; bands hold the middle half of the rounds. Dashed: the share of the arithmetic that falls away, "
+            "what one would save if nothing else took time. The single mark is the paper's number, as recalled, for "
+            "batches of 100 on a graphics processor of 2013.",
         ),
         sections=[
             Section("Seconds an epoch", _seconds_blocks(settings, rows, drawn)),
@@ -203,8 +206,8 @@ def build_page(
                 [
                     FigureBlock(
                         drawn["saving-independent"],
-                        "The same, compared with independent dropout, which draws a number for each unit of each image: "
-                        "what changes for somebody who uses dropout already.",
+                        "The same, compared with independent dropout, which draws a number for each unit of each "
+                        "image: what changes for somebody who uses dropout already.",
                     )
                 ],
             ),

@@ -57,5 +57,5 @@ class DropoutSpeedSettings:
 SIZES: Final[dict[str, DropoutSpeedSettings]] = {
     "full": DropoutSpeedSettings(),
     "demo": DropoutSpeedSettings(widths=(125, 250, 500, 1000, 2000), batch_sizes=(100, 1000), rounds=11),
-    "quick": DropoutSpeedSettings(widths=(125, 250, 500), batch_sizes=(100,), rounds=7, turn_seconds=0.02),
+    "quick": DropoutSpeedSettings(widths=(125, 250, 500), batch_sizes=(100,), rounds=5, turn_seconds=0.01),
 }
