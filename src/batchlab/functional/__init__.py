@@ -2,8 +2,9 @@
 
 from batchlab.functional.batch_norm import batch_norm, update_running_statistics
 from batchlab.functional.dropout_pattern import draw_pattern
-from batchlab.functional.submatrix import submatrix, submatrix_conv, submatrix_linear
+from batchlab.functional.submatrix import submatrix, submatrix_conv
 from batchlab.functional.submatrix_gradient import SubmatrixGradient
+from batchlab.functional.submatrix_linear import submatrix_linear
 
 __all__ = [
     "SubmatrixGradient",

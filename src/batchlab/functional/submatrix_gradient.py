@@ -204,6 +204,10 @@ def _like(gradient: SubmatrixGradient, blocks: list[Block]) -> SubmatrixGradient
 
 
 def _alias(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG001
+    if not torch.is_grad_enabled():
+        # Autograd detaches every gradient that it keeps. An alias shares the blocks anyway; making one costs more than
+        # a small layer's arithmetic.
+        return args[0]
     return _like(args[0], args[0].blocks)
 
 

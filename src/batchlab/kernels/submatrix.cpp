@@ -405,7 +405,8 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& input, const Tensor& wei
     block = torch::stable::view(block, {block.size(0), block.size(1)});
   }
   const int64_t batch = input.size(0), count = kept.size;
-  STD_TORCH_CHECK(input.dim() == 2 && input.size(1) == block.size(1), "the input is compact: samples x kept inputs");
+  STD_TORCH_CHECK(input.dim() == 2 && input.size(1) == block.size(1), "the input has ", input.size(1),
+                  " features, and the linear layer takes ", block.size(1), " of ", weight.size(1));
   if (bias) check_block(*bias, weight, weight.size(0));
   Tensor y = Memory::instance().empty({batch, count}, weight);
   dispatch(weight, [&](auto zero) {

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchlab.functional.submatrix import linear_of_kept, select_features, submatrix, touched
+from batchlab.functional.submatrix import select_features, submatrix, touched
+from batchlab.functional.submatrix_linear import KeptLinear, chain_of_kept
 from batchlab.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchlab.nn.batchwise_dropout import BatchwiseDropout, apply_mask
 from batchlab.nn.submatrix_layers import (
@@ -44,23 +45,39 @@ class Compact:
     """An activation of which some features are left out.
 
     Attributes:
-        x: the values of the kept features.
-        kept: which they are; None: all are there.
+        pending: linear layers that are still to be computed, together, when somebody asks for `x`.
+        ndim: number of dimensions of x.
+        kept: which features x has; None: all are there.
         num_features: how many there would be.
         dim: the feature dimension.
         scale: a factor that x still has to be multiplied by.
         dropped: the others are zero, a dropout has passed; before it, they are not needed.
     """
 
-    __slots__ = ("dim", "dropped", "kept", "num_features", "scale", "x")
+    __slots__ = ("_x", "device", "dim", "dropped", "kept", "ndim", "num_features", "pending", "scale")
 
     def __init__(self, x: Tensor) -> None:
-        self.x = x
+        self._x = x
+        self.ndim = x.ndim
+        self.device = x.device
+        self.pending: list[KeptLinear] = []
         self.kept: Tensor | None = None
         self.num_features = 0
         self.dim = 0
         self.scale = 1.0
         self.dropped = False
+
+    @property
+    def x(self) -> Tensor:
+        """The values of the kept features."""
+        if self.pending:
+            self._x = chain_of_kept(self._x, self.pending)
+            self.pending = []
+        return self._x
+
+    @x.setter
+    def x(self, value: Tensor) -> None:
+        self._x, self.ndim = value, value.ndim
 
     def rescale(self) -> None:
         """Multiply by the factor that is due."""
@@ -97,7 +114,7 @@ def _relu_follows(steps: list[Step], index: int) -> bool:
 
 def _produce(a: Compact, module: Any, kind: str, rows: Tensor | None, relu: bool) -> None:
     if kind == "linear":
-        a.x = linear_of_kept(a.x, module.weight, module.bias, rows, a.kept, a.scale, relu)
+        a.pending.append(KeptLinear(module.weight, module.bias, rows, a.kept, a.scale, relu))
     else:
         block, bias = submatrix(module.weight, module.bias, rows, a.kept)
         a.x = _convolve(module, a.x, block * a.scale if a.scale != 1 else block, bias)
@@ -166,7 +183,7 @@ def _flatten_kept(a: Compact, kept: Tensor) -> None:
 
 def _pass_on(a: Compact, module: Any, kind: str) -> None:
     """A layer between a producer and a dropout, or between a dropout and the next producer."""
-    kept, ndim = a.kept, a.x.ndim
+    kept, ndim = a.kept, a.ndim
     if kept is not None:
         if kind == "batch_norm" and not a.dropped:
             a.x = _normalize_kept(module, a.x, kept)
@@ -240,13 +257,13 @@ def run_submatrix(steps: list[Step], x: Tensor) -> Tensor:
             relu = False
             continue
         if kind in ("linear", "convolution"):
-            dim = feature_dim(module, kind, a.x.ndim)
+            dim = feature_dim(module, kind, a.ndim)
             if a.dim != dim:
                 a.expand()
             rows = None
-            ahead = dropout_ahead(steps, index, a.x.ndim, dim)
+            ahead = dropout_ahead(steps, index, a.ndim, dim)
             if ahead is not None:
-                drawn[ahead] = steps[ahead].module.draw(num_outputs(module, kind), a.x.device)
+                drawn[ahead] = steps[ahead].module.draw(num_outputs(module, kind), a.device)
                 rows = drawn[ahead][0]
                 if not rows.shape[0]:
                     return _masked_from(steps, a, index, drawn)
