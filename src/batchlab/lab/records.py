@@ -4,7 +4,7 @@ A run's folder holds
     run.json         settings, data (name, source, checksum), environment (versions, commit, machine)
     metrics.jsonl    one line an evaluation, in order
     result.json      how it ended; written last, so a folder with it is a finished run
-    timing.json      seconds; all that differs when the run is repeated on the same machine
+    timing.json      seconds of training, by the clock and of the processor; all that differs when a run is repeated
     weights.safetensors   the final weights (not committed)
     checkpoint.pt    where an interrupted run goes on (removed at the end)
 """

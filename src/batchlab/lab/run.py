@@ -79,6 +79,7 @@ class _State:
 
     step: int = 0
     seconds: float = 0.0
+    processor_seconds: float = 0.0
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -88,6 +89,7 @@ def _save_checkpoint(path: Path, state: _State, network: MLP, optimizer: torch.o
         "run": run,
         "step": state.step,
         "seconds": state.seconds,
+        "processor_seconds": state.processor_seconds,
         "metrics": json.dumps(state.metrics),
         "network": network.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -102,14 +104,15 @@ def _load_checkpoint(path: Path, network: MLP, optimizer: torch.optim.Optimizer,
     try:
         content = torch.load(path, weights_only=True)
         # Another version of torch, of the data or of batchlab would not end the same: such a run starts again.
-        if content["run"] != run:
+        if content["run"] != run or "processor_seconds" not in content:
             return _State()
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         return _State()
     network.load_state_dict(content["network"])
     optimizer.load_state_dict(content["optimizer"])
     torch.set_rng_state(content["random"])
-    return _State(content["step"], content["seconds"], json.loads(content["metrics"]))
+    seconds = content["seconds"], content["processor_seconds"]
+    return _State(content["step"], *seconds, json.loads(content["metrics"]))
 
 
 def _measure(
@@ -222,7 +225,7 @@ def _run_locked(
             if goal < state.step or (state.metrics and goal == state.step):
                 continue
             order = batch_order(len(inputs.train_labels), settings.batch_size, settings.seed, state.step, goal)
-            started = time.perf_counter()
+            started = time.perf_counter(), time.thread_time()
             train_loss = train(
                 network,
                 optimizer,
@@ -234,7 +237,8 @@ def _run_locked(
                 settings.steps,
                 settings.network.dropout.patterns,
             )
-            state.seconds += time.perf_counter() - started
+            state.seconds += time.perf_counter() - started[0]
+            state.processor_seconds += time.thread_time() - started[1]
             state.step = goal
             if not math.isfinite(train_loss):
                 status = "diverged"
@@ -260,7 +264,9 @@ def _finish(settings: RunSettings, network: MLP, inputs: RunInput, folder: Path,
     result["weights_sha256"] = hashlib.sha256(weights).hexdigest()
     write_text(folder / "metrics.jsonl", _lines(state.metrics))
     write_bytes(folder / "weights.safetensors", weights)
-    write_json(folder / "timing.json", {"training_seconds": round(state.seconds, 3)})
+    # A core that other work shares makes a run longer, but hardly makes it need more of the processor.
+    seconds = {"training_seconds": state.seconds, "processor_seconds": state.processor_seconds}
+    write_json(folder / "timing.json", {name: round(value, 3) for name, value in seconds.items()})
     write_json(folder / "result.json", result)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 

@@ -61,7 +61,7 @@ def figures(
         drawn["test-error-seconds"] = line_figure(
             "test-error-seconds",
             by_second,
-            x_label="training seconds on one core (each ten times the last)",
+            x_label="seconds of training on one core (each ten times the last)",
             y_label="test error",
             log_x=True,
             log_y=True,

@@ -25,7 +25,7 @@ class Target:
     Args:
         error: the target.
         steps: arm -> steps of each seed, None where it was never reached.
-        seconds: arm -> training seconds of each seed until then.
+        seconds: arm -> seconds of one core that each seed trained until then.
     """
 
     error: float
@@ -42,7 +42,7 @@ class Summary:
         scores: of the search.
         errors: arm -> test error at the end.
         differences: "other - baseline" -> paired difference of test errors.
-        seconds_per_epoch: arm -> training seconds for as many images as there are, None where they were not recorded.
+        seconds_per_epoch: arm -> seconds of one core for as many images as there are, None where they were not recorded.
         speedup: "independent" and "none" -> their seconds divided by batchwise dropout's, paired by seed.
         targets: how the arms get to a test error.
         first_without_errors: epoch at which each seed's small network first made no error on its training images.
@@ -73,7 +73,8 @@ def final_error(record: RunRecord) -> float:
 
 
 def _seconds_per_step(record: RunRecord) -> float | None:
-    return record.timing["training_seconds"] / record.result["steps"] if record.timing else None
+    """Of one core's time: the clock would count what else the machine did."""
+    return record.timing["processor_seconds"] / record.result["steps"] if record.timing else None
 
 
 def _target(error: float, arms: Mapping[str, Sequence[RunRecord]]) -> Target:
