@@ -42,7 +42,7 @@ class Summary:
         scores: of the search.
         errors: arm -> test error at the end.
         differences: "other - baseline" -> paired difference of test errors.
-        seconds_per_epoch: arm -> seconds of one core for as many images as there are, None where they were not recorded.
+        seconds_per_epoch: arm -> seconds of one core for as many images as there are, None where not recorded.
         speedup: "independent" and "none" -> their seconds divided by batchwise dropout's, paired by seed.
         targets: how the arms get to a test error.
         first_without_errors: epoch at which each seed's small network first made no error on its training images.
