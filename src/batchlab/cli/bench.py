@@ -32,8 +32,10 @@ def _check(name: str, values: Sequence[Any], allowed: str, fits: bool) -> None:
 
 def _table(times: Sequence[DropoutTimes], title: str) -> Table:
     table = Table(title=title)
-    for column in ("width", "p", *LABELS.values(), "fastest", "auto takes", "times as fast as nn.Dropout"):
-        table.add_column(column, justify="left" if column in ("fastest", "auto takes") else "right")
+    for column in ("width", "p", *LABELS.values(), "auto takes", "times as fast"):
+        table.add_column(
+            column, justify="left" if column == "auto takes" else "right", no_wrap=column in LABELS.values()
+        )
     for index, found in enumerate(times):
         first = index == 0 or times[index - 1].width != found.width
         if first and index:
@@ -41,8 +43,13 @@ def _table(times: Sequence[DropoutTimes], title: str) -> Table:
         table.add_row(
             str(found.width) if first else "",
             f"{found.rate:g}",
-            *(f"{1e3 * found.seconds[kind].median:.3g}" for kind in LABELS),
-            LABELS[found.fastest],
+            # The fastest stands out.
+            *(
+                f"[bold]{1e3 * found.seconds[kind].median:.3g}[/]"
+                if kind == found.fastest
+                else f"{1e3 * found.seconds[kind].median:.3g}"
+                for kind in LABELS
+            ),
             LABELS[found.chosen],
             f"{found.gain[found.chosen].median:.2f}",
         )
