@@ -43,6 +43,12 @@ class _Storages:
         return storage.nbytes()
 
 
+def _tensors_in(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in value for tensor in _tensors_in(item)] if isinstance(value, (list, tuple)) else []
+
+
 def _on_contexts(root: Any) -> list[Tensor]:
     """Tensors that autograd functions written in Python keep as attributes, where no hook sees them."""
     found: list[Tensor] = []
@@ -52,7 +58,8 @@ def _on_contexts(root: Any) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        found += [value for value in getattr(node, "__dict__", {}).values() if isinstance(value, Tensor)]
+        for value in getattr(node, "__dict__", {}).values():
+            found += _tensors_in(value)
         waiting += [following for following, _ in node.next_functions]
     return found
 
