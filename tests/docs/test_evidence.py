@@ -60,3 +60,15 @@ def test_precision_is_what_the_readme_says() -> None:
         assert quoted, name
         for number, value in zip(quoted.groups(), measured, strict=True):
             assert 1 / 4 < float(number) / value < 4  # other processors add in another order
+
+
+def test_the_dropout_card_quotes_the_recorded_speeds() -> None:
+    lines = (ROOT / "benchmarks" / "results" / "batchwise_dropout.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if "small" in record.get("ratio", {})][-5:]
+    card = (ROOT / "docs" / "cards" / "batchwise_dropout.md").read_text()
+    rows = re.findall(r"^\| \S.*? \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", card, re.MULTILINE)
+    assert len(rows) == len(records) == 5
+    for row, record in zip(rows, records, strict=True):
+        ratio = {name: values[0] for name, values in record["ratio"].items()}
+        assert row == (f"{ratio['independent']:.1f}", f"{ratio['none']:.1f}", f"{1 / ratio['small']:.2f}")
+        assert not record["environment"]["commit"].endswith("+")
