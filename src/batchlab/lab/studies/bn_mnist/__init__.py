@@ -9,18 +9,15 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
-from batchlab.lab.execution import run_all
-from batchlab.lab.figures import standalone
-from batchlab.lab.files import read_json, write_json, write_text
+from batchlab.lab.files import read_json
 from batchlab.lab.records import RunRecord, read_record
-from batchlab.lab.report import write_page
-from batchlab.lab.settings import RunSettings
 from batchlab.lab.studies.bn_mnist.answer import answer
 from batchlab.lab.studies.bn_mnist.mistakes import MISTAKES_FILE, save_mistakes
 from batchlab.lab.studies.bn_mnist.page import build_page, figures, steps_table
 from batchlab.lab.studies.bn_mnist.plan import choose_rates, final_plan, search_plan
 from batchlab.lab.studies.bn_mnist.settings import SIZES, BnMnistSettings
 from batchlab.lab.studies.bn_mnist.summary import Summary, summarize, to_json
+from batchlab.lab.studies.stages import complete, write_outcome
 from batchlab.lab.study import Study, Workplace, open_folder, read_study
 
 __all__ = ["STUDY"]
@@ -70,25 +67,13 @@ def _print_summary(settings: BnMnistSettings, summary: Summary, page: Path, cons
 def run(settings: BnMnistSettings, workplace: Workplace) -> Path:
     """Search the rates, run the comparison, write the report; returns the report's path."""
     folder, dataset, console = workplace.folder, workplace.dataset, workplace.console
-
-    def complete(plan: dict[str, RunSettings], title: str) -> dict[str, RunRecord]:
-        run_all(
-            {folder / name: run for name, run in plan.items()},
-            title,
-            checksum=dataset.checksum,
-            data_folder=workplace.data_folder,
-            jobs=workplace.jobs,
-            console=console,
-        )
-        return {name: read_record(folder / name) for name in plan}
-
     # Settings that no run can have are refused here, before there is a folder.
     plan = search_plan(settings, len(dataset.train_images))
     final_plan(settings, dict.fromkeys(settings.arms, settings.rates[0]))
     with open_folder(folder, STUDY, settings, dataset):
-        search = complete(plan, "1/2 choosing learning rates")
+        search = complete(workplace, plan, "1/2 choosing learning rates")
         chosen, scores = choose_rates(settings, search)
-        records = search | complete(final_plan(settings, chosen), "2/2 training             ")
+        records = search | complete(workplace, final_plan(settings, chosen), "2/2 training             ")
         summary = summarize(settings, records, chosen, scores)
         save_mistakes(folder, summary.best_run, records[summary.best_run], dataset)
         return report(folder, console)
@@ -111,11 +96,7 @@ def report(folder: Path, console: Console) -> Path:
         mistakes = read_json(folder / MISTAKES_FILE)
         drawn = figures(settings, records, summary)
         page = build_page(settings, data, records, summary, mistakes, _command(settings), drawn)
-        write_json(folder / "summary.json", to_json(summary))
-        (folder / "figures").mkdir(exist_ok=True)
-        for name, svg in drawn.items():
-            write_text(folder / "figures" / f"{name}.svg", standalone(svg))
-        write_page(page, folder / "report.html")
+        write_outcome(folder, to_json(summary), drawn, page)
     _print_summary(settings, summary, folder / "report.html", console)
     return folder / "report.html"
 

@@ -8,17 +8,13 @@ from typing import Final
 
 from rich.console import Console
 
-from batchlab.lab.execution import run_all
-from batchlab.lab.figures import standalone
-from batchlab.lab.files import write_json, write_text
-from batchlab.lab.records import RunRecord, read_record
-from batchlab.lab.report import write_page
-from batchlab.lab.settings import RunSettings
+from batchlab.lab.records import read_record
 from batchlab.lab.studies.dropout_patterns.page import answer, build_page, error_table, figures
 from batchlab.lab.studies.dropout_patterns.plan import choose_rates, final_plan, search_plan
 from batchlab.lab.studies.dropout_patterns.settings import SIZES, DropoutPatternsSettings, arms
 from batchlab.lab.studies.dropout_patterns.summary import summarize, to_json
 from batchlab.lab.studies.ending import command_for, print_ending
+from batchlab.lab.studies.stages import complete, write_outcome
 from batchlab.lab.study import Study, Workplace, open_folder, read_study
 
 __all__ = ["STUDY"]
@@ -29,25 +25,13 @@ NAME: Final = "dropout-patterns"
 def run(settings: DropoutPatternsSettings, workplace: Workplace) -> Path:
     """Search the rates, run the comparison, write the report; returns the report's path."""
     folder, dataset, console = workplace.folder, workplace.dataset, workplace.console
-
-    def complete(plan: dict[str, RunSettings], title: str) -> dict[str, RunRecord]:
-        run_all(
-            {folder / name: run for name, run in plan.items()},
-            title,
-            checksum=dataset.checksum,
-            data_folder=workplace.data_folder,
-            jobs=workplace.jobs,
-            console=console,
-        )
-        return {name: read_record(folder / name) for name in plan}
-
     # Settings that no run can have are refused here, before there is a folder.
     plan = search_plan(settings, len(dataset.train_images))
     final_plan(settings, dict.fromkeys(arms(settings), settings.rates[0]))
     with open_folder(folder, STUDY, settings, dataset):
-        search = complete(plan, "1/2 choosing learning rates")
+        search = complete(workplace, plan, "1/2 choosing learning rates")
         chosen, _ = choose_rates(settings, search)
-        complete(final_plan(settings, chosen), "2/2 training             ")
+        complete(workplace, final_plan(settings, chosen), "2/2 training             ")
         return report(folder, console)
 
 
@@ -68,11 +52,7 @@ def report(folder: Path, console: Console) -> Path:
         # The data set is an option of its own, not part of a named size.
         sizes = {name: replace(size, dataset=settings.dataset) for name, size in SIZES.items()}
         page = build_page(settings, data, records, summary, command_for(NAME, settings, sizes), drawn)
-        write_json(folder / "summary.json", to_json(summary))
-        (folder / "figures").mkdir(exist_ok=True)
-        for name, svg in drawn.items():
-            write_text(folder / "figures" / f"{name}.svg", standalone(svg))
-        write_page(page, folder / "report.html")
+        write_outcome(folder, to_json(summary), drawn, page)
     table = error_table(settings, summary, "")
     print_ending(console, "Test error, each arm at its own best rate", table, answer(settings, summary), folder)
     return folder / "report.html"

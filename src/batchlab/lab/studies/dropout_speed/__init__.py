@@ -11,9 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from batchlab.lab.data import Dataset
-from batchlab.lab.figures import standalone
-from batchlab.lab.files import write_json, write_text
-from batchlab.lab.report import write_page
 from batchlab.lab.studies.dropout_speed.answer import answer
 from batchlab.lab.studies.dropout_speed.measure import (
     check_settings,
@@ -28,6 +25,7 @@ from batchlab.lab.studies.dropout_speed.page import build_page, figures, speed_t
 from batchlab.lab.studies.dropout_speed.settings import SIZES, DropoutSpeedSettings
 from batchlab.lab.studies.dropout_speed.summary import summarize, to_json
 from batchlab.lab.studies.ending import print_ending
+from batchlab.lab.studies.stages import write_outcome
 from batchlab.lab.study import Study, Workplace, open_folder, read_study
 
 __all__ = ["STUDY"]
@@ -103,11 +101,8 @@ def report(folder: Path, console: Console) -> Path:
         points = [read_point(folder / name, settings) for name in plan(settings)]
         rows = summarize(settings, points)
         drawn = figures(rows)
-        write_json(folder / "summary.json", to_json(rows))
-        (folder / "figures").mkdir(exist_ok=True)
-        for name, svg in drawn.items():
-            write_text(folder / "figures" / f"{name}.svg", standalone(svg))
-        write_page(build_page(settings, data, points, rows, _command(settings), drawn), folder / "report.html")
+        page = build_page(settings, data, points, rows, _command(settings), drawn)
+        write_outcome(folder, to_json(rows), drawn, page)
     title = f"Seconds for {settings.epoch_images:,} images, and what batchwise dropout saves"
     print_ending(console, title, speed_table(rows, ""), answer(settings, rows), folder)
     return folder / "report.html"
