@@ -12,6 +12,10 @@ from batchlab.lab.studies.bn_mnist.page import steps_table
 from batchlab.lab.studies.bn_mnist.plan import choose_rates, final_plan, search_plan
 from batchlab.lab.studies.bn_mnist.settings import SIZES, BnMnistSettings
 from batchlab.lab.studies.bn_mnist.summary import Summary, summarize, to_json
+from batchlab.lab.studies.dropout_mnist.plan import choose_rates as dropout_rates
+from batchlab.lab.studies.dropout_mnist.plan import search_plan as dropout_search
+from batchlab.lab.studies.dropout_mnist.settings import SIZES as DROPOUT_SIZES
+from batchlab.lab.studies.dropout_mnist.settings import DropoutMnistSettings
 from batchlab.lab.study import read_study
 from benchmarks.precision import errors
 
@@ -72,3 +76,18 @@ def test_the_dropout_card_quotes_the_recorded_speeds() -> None:
         ratio = {name: values[0] for name, values in record["ratio"].items()}
         assert row == (f"{ratio['independent']:.1f}", f"{ratio['none']:.1f}", f"{1 / ratio['small']:.2f}")
         assert not record["environment"]["commit"].endswith("+")
+
+
+def test_the_search_of_dropout_mnist_is_what_its_page_says() -> None:
+    folder = ROOT / "experiments" / "dropout-mnist"
+    settings, data = read_study(folder, DropoutMnistSettings)
+    assert settings == DROPOUT_SIZES["full"]
+    records = {name: read_record(folder / name) for name in dropout_search(settings, data["training_images"])}
+    chosen, scores = dropout_rates(settings, records)
+    text = (folder / "README.md").read_text()
+    for rate in settings.rates:
+        cells = []
+        for arm, found in scores.items():
+            cell = f"{100 * found[rate][0]:.2f} %" if found[rate][0] else "diverged"
+            cells.append(f"**{cell}**" if chosen[arm] == rate else cell)
+        assert f"| {rate:g} | {' | '.join(cells)} |" in text
