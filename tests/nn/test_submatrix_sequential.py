@@ -920,3 +920,8 @@ def test_auto_with_what_deepcopy_refuses() -> None:
             raise TypeError("no copies")
 
     SubmatrixSequential(nn.Linear(4, 6), BatchwiseDropout(0.5), Stubborn())(torch.randn(5, 4)).sum().backward()
+
+
+def test_a_flattened_map_is_put_back_among_zeros() -> None:
+    modules = [nn.Conv2d(2, 6, 3), BatchwiseDropout(0.5), nn.Flatten(), nn.Sigmoid(), nn.Linear(24, 3)]
+    compare([m.double() for m in modules], inputs((2, 4, 4)))
