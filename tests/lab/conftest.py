@@ -18,3 +18,10 @@ def digits() -> Dataset:
         test_images=full.test_images[:200],
         test_labels=full.test_labels[:200],
     )
+
+
+@pytest.fixture(autouse=True)
+def embedded_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes find no other data than the embedded digits, whatever the environment names."""
+    monkeypatch.setenv("BATCHLAB_DATA", "")
+    monkeypatch.setenv("BATCHLAB_OFFLINE", "1")
