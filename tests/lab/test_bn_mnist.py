@@ -15,9 +15,10 @@ import pytest
 from batchlab.lab.comparison import Estimate, StepsToTarget
 from batchlab.lab.settings import SettingsError, write_settings
 from batchlab.lab.studies.bn_mnist.answer import answer, count, percent, ratio_text
-from batchlab.lab.studies.bn_mnist.plan import SEARCH_SEED, choose_rates, final_plan, search_plan
+from batchlab.lab.studies.bn_mnist.plan import arms, final_pairs
 from batchlab.lab.studies.bn_mnist.settings import SIZES, BnMnistSettings
 from batchlab.lab.studies.bn_mnist.summary import Comparison
+from batchlab.lab.studies.search import SEARCH_SEED, choose_rates, final_plan, search_plan
 
 TINY = BnMnistSettings(
     steps=80, seeds=2, rates=(0.3, 1.0), search_steps=30, search_seeds=1, well_scaled_std=0.1, widths=(20, 15)
@@ -129,7 +130,8 @@ def test_other_settings_in_the_same_folder_are_refused(finished: Path) -> None:
 
 
 def test_search_and_comparison_share_neither_seeds_nor_images() -> None:
-    search, final = search_plan(TINY, 4000), final_plan(TINY, {"none": 0.3, "batch_norm": 1.0})
+    search = search_plan(TINY, arms(TINY), 4000)
+    final = final_plan(TINY, arms(TINY), final_pairs({"none": 0.3, "batch_norm": 1.0}))
     assert {run.seed for run in search.values()}.isdisjoint({run.seed for run in final.values()})
     assert min(run.seed for run in search.values()) == SEARCH_SEED
     assert all(run.data.validation == 667 for run in search.values())
@@ -158,7 +160,7 @@ def test_best_rate_is_chosen_by_validation_and_ties_go_to_the_smaller() -> None:
     for arm, values in accuracies.items():
         for rate, value in zip(settings.rates, values, strict=True):
             records[f"runs/search/{arm}-rate{rate:g}-seed1000"] = Scored(value, diverged=value == 0.99)
-    chosen, scores = choose_rates(settings, records)
+    chosen, scores = choose_rates(settings, settings.arms, records)
     assert chosen == {"none": 0.3, "batch_norm": 0.3}
     assert scores["batch_norm"][1.0] == [0.0]
 

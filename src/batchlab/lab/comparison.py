@@ -16,6 +16,7 @@ __all__ = [
     "StepsToTarget",
     "compare_steps",
     "estimate",
+    "final_error",
     "final_score",
     "mean_curve",
     "paired_difference",
@@ -105,6 +106,14 @@ def final_score(record: RunRecord, share: float = 0.2) -> float:
         return 0.0
     steps, accuracies = record.curve
     return fmean(a for step, a in zip(steps, accuracies, strict=True) if step >= (1 - share) * record.settings.steps)
+
+
+def final_error(record: RunRecord, share: float = 0.1, diverged: float = 0.9) -> float:
+    """Mean error over the evaluations of the last `share` of the steps; `diverged` (guessing) if the run did.
+
+    For falling learning rates, where the end is quiet; a single evaluation is still noisy.
+    """
+    return diverged if record.diverged else 1 - final_score(record, share)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,18 @@ __all__ = ["command_for", "print_ending"]
 
 
 def command_for(name: str, settings: Any, sizes: Mapping[str, Any]) -> str:
-    """The words that start a study again; `sizes` are its named settings, for the same data set."""
+    """The words that start a study again; `sizes` are its named settings.
+
+    Data set and number of seeds are options of the command. Targets follow from the data set.
+    """
+    own = {field.name for field in fields(settings)}
+    asked = {option: getattr(settings, option) for option in ("seeds", "dataset") if option in own}
+    targets = {"targets": ()} if "targets" in own else {}
     for size, named in sizes.items():
-        if replace(named, seeds=settings.seeds) == settings:
-            options = {"--size": (size, "full"), "--seeds": (settings.seeds, named.seeds)}
-            options["--dataset"] = (settings.dataset, "mnist")
-            words = [f"{option} {value}" for option, (value, default) in options.items() if value != default]
-            return " ".join([f"batchlab study {name}", *words])
+        if replace(named, **asked, **targets) == settings:
+            words = [f"batchlab study {name}", *([f"--size {size}"] if size != "full" else [])]
+            words += [f"--{option} {value}" for option, value in asked.items() if value != getattr(named, option)]
+            return " ".join(words)
     return f"batchlab study {name} --settings SETTINGS.toml   # the settings are in study.json"
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from batchlab.lab.comparison import final_score
 from batchlab.lab.records import RunRecord
+from batchlab.lab.settings import RunSettings
+from batchlab.lab.studies.settings import ComparisonSettings
 
-__all__ = ["SEARCH_SEED", "Scores", "choose_rates", "run_name"]
+__all__ = ["SEARCH_SEED", "Arms", "Scores", "arm_records", "choose_rates", "final_plan", "run_name", "search_plan"]
 
 SEARCH_SEED = 1000  # the search's seeds start here, so that no final run was chosen by its own luck
+
+Arms = Mapping[str, RunSettings]
+"""Arm -> its run on test images; rate, seed and steps are filled in by the plans."""
 
 Scores = dict[str, dict[float, list[float]]]
 """Arm -> rate -> validation accuracy of each seed."""
@@ -20,19 +26,38 @@ def run_name(stage: str, arm: str, rate: float, seed: int) -> str:
     return f"runs/{stage}/{arm}-rate{rate:g}-seed{seed}"
 
 
+def _at(arm: RunSettings, rate: float, seed: int, steps: int) -> RunSettings:
+    return replace(arm, optimizer=replace(arm.optimizer, learning_rate=rate), seed=seed, steps=steps)
+
+
+def search_plan(settings: ComparisonSettings, arms: Arms, training_images: int) -> dict[str, RunSettings]:
+    """Every arm at every rate, evaluated on a validation split of the training images; never on test images."""
+    validation = round(training_images * settings.held_out_share)
+    return {
+        run_name("search", name, rate, seed): replace(
+            _at(arm, rate, seed, settings.search_steps),
+            data=replace(arm.data, validation=validation),
+            probe_units=0,
+        )
+        for rate in settings.rates
+        for seed in range(SEARCH_SEED, SEARCH_SEED + settings.search_seeds)
+        for name, arm in arms.items()
+    }
+
+
 def choose_rates(
-    arms: Iterable[str], rates: Iterable[float], seeds: int, records: Mapping[str, RunRecord]
+    settings: ComparisonSettings, arms: Iterable[str], records: Mapping[str, RunRecord]
 ) -> tuple[dict[str, float], Scores]:
     """Each arm's best rate, and all scores: the mean validation accuracy over the last fifth of the steps.
 
     A run that diverged scores 0; of equal rates the smaller wins.
     """
-    ordered = sorted(rates)
+    ordered = sorted(settings.rates)
     scores = {
         name: {
             rate: [
                 final_score(records[run_name("search", name, rate, seed)])
-                for seed in range(SEARCH_SEED, SEARCH_SEED + seeds)
+                for seed in range(SEARCH_SEED, SEARCH_SEED + settings.search_seeds)
             ]
             for rate in ordered
         }
@@ -43,3 +68,20 @@ def choose_rates(
         return max(found, key=lambda rate: (sum(found[rate]), -rate))
 
     return {name: best(found) for name, found in scores.items()}, scores
+
+
+def final_plan(settings: ComparisonSettings, arms: Arms, chosen: Iterable[tuple[str, float]]) -> dict[str, RunSettings]:
+    """The pairs of arm and rate in `chosen`, with every seed; evaluated on the test images."""
+    pairs = list(chosen)
+    return {
+        run_name("final", name, rate, seed): _at(arms[name], rate, seed, settings.steps)
+        for seed in range(settings.seeds)
+        for name, rate in pairs
+    }
+
+
+def arm_records(
+    settings: ComparisonSettings, records: Mapping[str, RunRecord], arm: str, rate: float
+) -> list[RunRecord]:
+    """The final runs of an arm at a rate, by seed."""
+    return [records[run_name("final", arm, rate, seed)] for seed in range(settings.seeds)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from batchlab.lab.report import Page, write_page
 from batchlab.lab.settings import RunSettings
 from batchlab.lab.study import Workplace
 
-__all__ = ["complete", "write_outcome"]
+__all__ = ["complete", "to_json", "write_outcome"]
 
 
 def complete(workplace: Workplace, plan: Mapping[str, RunSettings], title: str) -> dict[str, RunRecord]:
@@ -28,6 +29,20 @@ def complete(workplace: Workplace, plan: Mapping[str, RunSettings], title: str) 
         console=workplace.console,
     )
     return {name: read_record(workplace.folder / name) for name in plan}
+
+
+def to_json(summary: Any) -> dict[str, Any]:
+    """Plain values of a summary (a dataclass); an interval that one seed cannot give is null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and value != value else value
+
+    found: dict[str, Any] = plain(asdict(summary))
+    return found
 
 
 def write_outcome(folder: Path, summary: Any, drawn: Mapping[str, str], page: Page) -> None:

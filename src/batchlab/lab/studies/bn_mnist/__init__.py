@@ -2,78 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from rich.console import Console
-from rich.table import Table
 
 from batchlab.lab.files import read_json
 from batchlab.lab.records import RunRecord, read_record
 from batchlab.lab.studies.bn_mnist.answer import answer
 from batchlab.lab.studies.bn_mnist.mistakes import MISTAKES_FILE, save_mistakes
 from batchlab.lab.studies.bn_mnist.page import build_page, figures, steps_table
-from batchlab.lab.studies.bn_mnist.plan import choose_rates, final_plan, search_plan
+from batchlab.lab.studies.bn_mnist.plan import arms, final_pairs
 from batchlab.lab.studies.bn_mnist.settings import SIZES, BnMnistSettings
-from batchlab.lab.studies.bn_mnist.summary import Summary, summarize, to_json
-from batchlab.lab.studies.stages import complete, write_outcome
+from batchlab.lab.studies.bn_mnist.summary import summarize
+from batchlab.lab.studies.ending import command_for, print_ending
+from batchlab.lab.studies.search import choose_rates, final_plan, search_plan
+from batchlab.lab.studies.stages import complete, to_json, write_outcome
 from batchlab.lab.study import Study, Workplace, open_folder, read_study
 
-__all__ = ["STUDY"]
+__all__ = ["STUDY", "read_finished"]
 
 NAME: Final = "bn-mnist"
 
 
-def _records(folder: Path, settings: BnMnistSettings, training_images: int) -> dict[str, RunRecord]:
-    """Records of all runs of a finished study."""
-    search = {name: read_record(folder / name) for name in search_plan(settings, training_images)}
-    chosen, _ = choose_rates(settings, search)
-    return search | {name: read_record(folder / name) for name in final_plan(settings, chosen)}
-
-
-def _command(settings: BnMnistSettings) -> str:
-    """The words that start this study again."""
-
-    def with_its_options(size: BnMnistSettings) -> BnMnistSettings:
-        return replace(size, dataset=settings.dataset, seeds=settings.seeds, targets=settings.targets)
-
-    size = next((name for name, size in SIZES.items() if with_its_options(size) == settings), None)
-    if size is None:
-        return "batchlab study bn-mnist --settings SETTINGS.toml   # the settings are in study.json"
-    options = {"--size": (size, "full"), "--seeds": (settings.seeds, SIZES[size].seeds)}
-    options["--dataset"] = (settings.dataset, "mnist")
-    words = [f"{name} {value}" for name, (value, default) in options.items() if value != default]
-    return " ".join(["batchlab study bn-mnist", *words])
-
-
-def _print_summary(settings: BnMnistSettings, summary: Summary, page: Path, console: Console) -> None:
-    own = summary.comparisons["own"]
-    content = steps_table(own, "")
-    table = Table(title="Steps to a test accuracy, each arm at its own best rate")
-    for index, name in enumerate(content.header):
-        table.add_column(name, justify="left" if index == 0 else "right")
-    for row in content.rows:
-        table.add_row(*row)
-    console.print()
-    console.print(table)
-    for sentence in answer(settings, summary.comparisons):
-        console.print(sentence, highlight=False)
-    console.print()
-    console.print("The report, with all figures:", highlight=False)
-    console.print(f"  {page.resolve()}", style="bold", highlight=False, soft_wrap=True)
+def read_finished(folder: Path) -> tuple[BnMnistSettings, dict[str, Any], dict[str, RunRecord]]:
+    """Settings, what is known of the data, and the records of all runs of a finished study."""
+    settings, data = read_study(folder, BnMnistSettings)
+    plan = search_plan(settings, arms(settings), int(data["training_images"]))
+    search = {name: read_record(folder / name) for name in plan}
+    chosen, _ = choose_rates(settings, settings.arms, search)
+    final = final_plan(settings, arms(settings), final_pairs(chosen))
+    return settings, data, search | {name: read_record(folder / name) for name in final}
 
 
 def run(settings: BnMnistSettings, workplace: Workplace) -> Path:
     """Search the rates, run the comparison, write the report; returns the report's path."""
     folder, dataset, console = workplace.folder, workplace.dataset, workplace.console
     # Settings that no run can have are refused here, before there is a folder.
-    plan = search_plan(settings, len(dataset.train_images))
-    final_plan(settings, dict.fromkeys(settings.arms, settings.rates[0]))
+    runs = arms(settings)
+    plan = search_plan(settings, runs, len(dataset.train_images))
+    final_plan(settings, runs, ((name, settings.rates[0]) for name in runs))
     with open_folder(folder, STUDY, settings, dataset):
         search = complete(workplace, plan, "1/2 choosing learning rates")
-        chosen, scores = choose_rates(settings, search)
-        records = search | complete(workplace, final_plan(settings, chosen), "2/2 training             ")
+        chosen, scores = choose_rates(settings, runs, search)
+        final = complete(workplace, final_plan(settings, runs, final_pairs(chosen)), "2/2 training             ")
+        records = search | final
         summary = summarize(settings, records, chosen, scores)
         save_mistakes(folder, summary.best_run, records[summary.best_run], dataset)
         return report(folder, console)
@@ -85,19 +58,19 @@ def report(folder: Path, console: Console) -> Path:
     Raises:
         ValueError: the study in the folder is not finished, or a record is damaged.
     """
-    settings, data = read_study(folder, BnMnistSettings)
-    training_images = int(data["training_images"])
     with console.status("writing the report"):
-        records = _records(folder, settings, training_images)
-        chosen, scores = choose_rates(settings, records)
+        settings, data, records = read_finished(folder)
+        chosen, scores = choose_rates(settings, settings.arms, records)
         summary = summarize(settings, records, chosen, scores)
         if not (folder / MISTAKES_FILE).is_file():
             raise ValueError(f"{folder / MISTAKES_FILE} is missing: run the study again to finish it")
         mistakes = read_json(folder / MISTAKES_FILE)
         drawn = figures(settings, records, summary)
-        page = build_page(settings, data, records, summary, mistakes, _command(settings), drawn)
+        page = build_page(settings, data, records, summary, mistakes, command_for(NAME, settings, SIZES), drawn)
         write_outcome(folder, to_json(summary), drawn, page)
-    _print_summary(settings, summary, folder / "report.html", console)
+    own = summary.comparisons["own"]
+    title = "Steps to a test accuracy, each arm at its own best rate"
+    print_ending(console, title, steps_table(own, ""), answer(settings, summary.comparisons), folder)
     return folder / "report.html"
 
 

@@ -20,7 +20,8 @@ from batchlab.lab.studies.bn_mnist.answer import (
     target_name,
 )
 from batchlab.lab.studies.bn_mnist.settings import ARMS, BnMnistSettings
-from batchlab.lab.studies.bn_mnist.summary import Comparison, Summary, arm_records
+from batchlab.lab.studies.bn_mnist.summary import Comparison, Summary
+from batchlab.lab.studies.search import arm_records
 
 __all__ = ["build_page", "figures", "steps_table"]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from batchlab.lab.settings import SettingsError
+from batchlab.lab.studies.settings import ComparisonSettings
 
 __all__ = ["ARMS", "SIZES", "Arm", "BnMnistSettings"]
 
@@ -36,27 +37,20 @@ _TARGETS: Final = {"mnist": (0.90, 0.95, 0.97), "fashion": (0.80, 0.85, 0.88)}
 
 
 @dataclass(frozen=True)
-class BnMnistSettings:
+class BnMnistSettings(ComparisonSettings):
     """Ioffe & Szegedy 2015, section 4.1; what the paper does not state is chosen here, and said in the report.
 
     Args:
-        dataset: "mnist" or "fashion".
         steps: of each final run; the paper has 50,000.
-        seeds: final runs of each arm; the same seeds in every arm.
-        rates: learning rates tried for each arm.
-        search_steps: steps of each run of the search.
-        search_seeds: runs of each arm and rate in the search; other seeds than the final ones.
         batch_size: the paper has 60.
         widths: the paper has three layers of 100.
         weight_std: of the "small random Gaussian values" the weights start from.
         well_scaled_std: the start of the control arms, near 1/√(units); 0 leaves these arms out.
         momentum: of the gradient descent.
-        held_out_share: share of the training images that the search validates on.
         spacing: how far apart evaluations are, as a share of the steps done.
         targets: accuracies to reach; empty: 90, 95 and 97 % (80, 85 and 88 % for fashion).
     """
 
-    dataset: str = "mnist"
     steps: int = 50_000
     seeds: int = 5
     rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -67,21 +61,11 @@ class BnMnistSettings:
     weight_std: float = 0.01
     well_scaled_std: float = 0.1
     momentum: float = 0.9
-    held_out_share: float = 1 / 6
     spacing: float = 0.05
     targets: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        counts = {"seeds": self.seeds, "search_seeds": self.search_seeds, "search_steps": self.search_steps}
-        for name, value in counts.items():
-            if value < 1:
-                raise SettingsError(f"{name} is {value}; it must be 1 or more")
-        if self.seeds > 1000:
-            raise SettingsError(f"seeds is {self.seeds}; allowed: 1 to 1000 (the search uses seeds from 1000 on)")
-        if not self.rates or len(set(self.rates)) != len(self.rates):
-            raise SettingsError(f"rates is {self.rates}; it must name one or more different learning rates")
-        if not 0 < self.held_out_share < 1:
-            raise SettingsError(f"held_out_share is {self.held_out_share}; it must be between 0 and 1")
+        super().__post_init__()
         if not self.targets:
             object.__setattr__(self, "targets", _TARGETS.get(self.dataset, ()))
         if any(not 0 < target <= 1 for target in self.targets):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from batchlab.lab.comparison import Estimate, StepsToTarget, compare_steps, estimate, paired_difference
 from batchlab.lab.records import RunRecord
-from batchlab.lab.studies.bn_mnist.plan import run_name
 from batchlab.lab.studies.bn_mnist.settings import BnMnistSettings
+from batchlab.lab.studies.search import arm_records
 
-__all__ = ["Comparison", "Summary", "summarize", "to_json"]
+__all__ = ["Comparison", "Summary", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,6 @@ class Summary:
     best_run: str
 
 
-def arm_records(settings: BnMnistSettings, records: Mapping[str, RunRecord], arm: str, rate: float) -> list[RunRecord]:
-    """The final runs of an arm at a rate, by seed."""
-    return [records[run_name("final", arm, rate, seed)] for seed in range(settings.seeds)]
-
-
 def _accuracy(record: RunRecord) -> float:
     # A run that diverged ends with a network that guesses.
     return 0.1 if record.diverged else float(record.result["accuracy"])
@@ -111,7 +105,7 @@ def summarize(
     chosen: dict[str, float],
     scores: dict[str, dict[float, list[float]]],
 ) -> Summary:
-    """Compute the summary of a finished study from its records (by the names of `plan.run_name`)."""
+    """Compute the summary of a finished study from its records (by the names of `search.run_name`)."""
     none, own = ("none", chosen["none"]), ("batch_norm", chosen["batch_norm"])
     comparisons = {
         "own": _compare(settings, records, none, own),
@@ -138,17 +132,3 @@ def summarize(
         },
         best_run=max(sorted(finals), key=lambda name: _accuracy(finals[name])),
     )
-
-
-def to_json(summary: Summary) -> dict[str, Any]:
-    """Plain values; an interval that one seed cannot give is null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(key): plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and value != value else value
-
-    found: dict[str, Any] = plain(asdict(summary))
-    return found

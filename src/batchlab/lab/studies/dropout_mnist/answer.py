@@ -2,40 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
-from batchlab.lab.comparison import Estimate
 from batchlab.lab.studies.dropout_mnist.settings import DropoutMnistSettings
 from batchlab.lab.studies.dropout_mnist.summary import Summary
+from batchlab.lab.studies.sentences import difference, percent, times
 
-__all__ = ["answer", "difference", "percent", "times", "verdicts"]
-
-
-def percent(value: Estimate) -> str:
-    """A share as per cent, with its interval: 1.12 % (1.04 to 1.20)."""
-    text = f"{100 * value.mean:.2f} %"
-    return text if math.isnan(value.low) else f"{text} ({100 * value.low:.2f} to {100 * value.high:.2f})"
-
-
-def times(value: Estimate) -> str:
-    """A ratio with its interval: 3.1 times (2.9 to 3.3)."""
-    text = f"{value.mean:.1f} times"
-    return text if math.isnan(value.low) else f"{text} ({value.low:.1f} to {value.high:.1f})"
-
-
-def difference(value: Estimate) -> str:
-    """A paired difference of test errors in words."""
-    points = f"{abs(100 * value.mean):.2f} percentage points"
-    if math.isnan(value.low):
-        return f"{points} {'more' if value.mean > 0 else 'fewer'} (one seed, so without an interval)"
-    if value.low <= 0 <= value.high:
-        interval = f"95 % interval {100 * value.low:+.2f} to {100 * value.high:+.2f}"
-        return f"no clear difference ({100 * value.mean:+.2f} percentage points, {interval})"
-    low, high = sorted((abs(value.low), abs(value.high)))
-    return (
-        f"{points} {'more' if value.mean > 0 else 'fewer'} (95 % interval {100 * low:.2f} to {100 * high:.2f}, "
-        f"{value.n} seeds)"
-    )
+__all__ = ["answer", "verdicts"]
 
 
 def answer(settings: DropoutMnistSettings, summary: Summary) -> list[str]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from batchlab.lab.comparison import estimate
 from batchlab.lab.figures import Line, line_figure, rate_search
 from batchlab.lab.records import RunRecord
-from batchlab.lab.report import FigureBlock, Page, Paragraph, Section, Table
-from batchlab.lab.studies.dropout_mnist.answer import answer, percent, verdicts
+from batchlab.lab.report import FigureBlock, Page, Section, Table
+from batchlab.lab.studies.comparison_study import Finished
+from batchlab.lab.studies.dropout_mnist.answer import answer, verdicts
 from batchlab.lab.studies.dropout_mnist.settings import ARMS, DropoutMnistSettings
-from batchlab.lab.studies.dropout_mnist.summary import Summary, Target, arm_records
+from batchlab.lab.studies.dropout_mnist.summary import Summary, Target
+from batchlab.lab.studies.sections import DROPOUT_PAPER, footer, method_section, rate_section
+from batchlab.lab.studies.sentences import percent
 
 __all__ = ["build_page", "error_table", "figures", "target_table", "verdict_table"]
 
@@ -21,14 +23,12 @@ def _error_line(records: Sequence[RunRecord], x: Sequence[float]) -> Line:
     return Line(x, [p.mean for p in points], [max(p.low, 1e-4) for p in points], [p.high for p in points])
 
 
-def figures(
-    settings: DropoutMnistSettings, records: Mapping[str, RunRecord], summary: Summary, training_images: int
-) -> dict[str, str]:
+def figures(finished: Finished, summary: Summary) -> dict[str, str]:
     """All figures of the study, by name, as SVG."""
-    epoch = training_images / settings.batch_size
+    epoch = finished.training_images / finished.settings.batch_size
     by_epoch, by_second = {}, {}
     for name, arm in ARMS.items():
-        runs = [r for r in arm_records(settings, records, summary.chosen, name) if not r.diverged]
+        runs = [r for r in finished.runs(name) if not r.diverged]
         if not runs:
             continue
         steps = runs[0].curve[0]
@@ -71,7 +71,7 @@ def figures(
             description=f"Test error against training seconds for {names}",
         )
     small = {}
-    for record in arm_records(settings, records, summary.chosen, "small"):
+    for record in finished.runs("small"):
         steps = [line["step"] / epoch for line in record.metrics]
         # One error more: zero has no place on a logarithmic axis.
         small[f"seed {record.settings.seed}"] = Line(steps, [line["training_errors"] + 1 for line in record.metrics])
@@ -141,18 +141,11 @@ def _method(settings: DropoutMnistSettings, epochs: float) -> str:
     )
 
 
-def build_page(
-    settings: DropoutMnistSettings,
-    data: dict[str, Any],
-    records: Mapping[str, RunRecord],
-    summary: Summary,
-    command: str,
-    drawn: dict[str, str],
-) -> Page:
+def build_page(finished: Finished, summary: Summary, command: str, drawn: dict[str, str]) -> Page:
     """Put the report together; `drawn` are the `figures`."""
-    images = int(data["training_images"])
+    settings, images = finished.settings, finished.training_images
     epochs = settings.steps * settings.batch_size / images
-    environment = next(iter(records.values())).environment
+    environment = next(iter(finished.records.values())).environment
     seeds = "one run" if settings.seeds == 1 else f"means over {settings.seeds} runs, bands their 95 % intervals"
     speed = [
         error_table(
@@ -202,26 +195,8 @@ def build_page(
                     )
                 ],
             ),
-            Section(
-                "Is it only the learning rate?",
-                [
-                    FigureBlock(
-                        drawn["rate-search"],
-                        f"The search: accuracy on held-out training images after {settings.search_steps:,} steps for "
-                        "each first learning rate; rings are the chosen ones. The test images had no part in it.",
-                    )
-                ],
-            ),
-            Section(
-                "How it was done",
-                [Paragraph(_method(settings, epochs)), Paragraph("To repeat it:"), Paragraph(command, code=True)],
-            ),
+            rate_section(drawn["rate-search"], settings.search_steps),
+            method_section(_method(settings, epochs), command),
         ],
-        footer=[
-            f"Data: {data['description']}.",
-            f"batchlab {environment['batchlab']} ({environment.get('commit') or 'no commit'}), torch "
-            f"{environment['torch']}, Python {environment['python']}, {environment['processor']}, one thread a run.",
-            "Graham, Reizenstein & Robinson, Efficient batchwise dropout training using submatrices, 2015 "
-            "(arXiv:1502.02478).",
-        ],
+        footer=footer(f"Data: {finished.data['description']}", environment, DROPOUT_PAPER),
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from batchlab.lab.settings import SettingsError
+from batchlab.lab.studies.settings import ComparisonSettings
 
 __all__ = ["ARMS", "SIZES", "Arm", "DropoutMnistSettings"]
 
@@ -38,17 +39,13 @@ _TARGETS: Final = {"mnist": (0.020, 0.015, 0.013, 0.012), "fashion": (0.13, 0.12
 
 
 @dataclass(frozen=True)
-class DropoutMnistSettings:
+class DropoutMnistSettings(ComparisonSettings):
     """Graham, Reizenstein & Robinson 2015, section 1, with the hyperparameters of the authors' code where it has them.
 
     Args:
-        dataset: "mnist" or "fashion".
         steps: of each final run; the authors' code has 200 epochs of 600.
-        seeds: final runs of each arm; the same seeds in every arm.
         rates: first learning rates tried for each arm. The authors' code has what is 0.1 here without dropout,
             and 0.025 behind a dropout of one half: the inverted scaling enlarges activations, and gradients with them.
-        search_steps: steps of each run of the search.
-        search_seeds: runs of each arm and rate in the search; other seeds than the final ones.
         batch_size: the authors' code has 100.
         widths: of the large network.
         small_widths: of the small one.
@@ -56,39 +53,25 @@ class DropoutMnistSettings:
         hidden_dropout: share of the hidden units that is dropped.
         momentum: Nesterov's.
         final: last learning rate as a share of the first, reached exponentially; exp(-2) as in the authors' 200 epochs.
-        held_out_share: share of the training images that the search validates on.
         evaluate_every: steps between evaluations.
         targets: test errors to reach; empty: 2, 1.5, 1.3 and 1.2 % (13, 12, 11 and 10 % for fashion).
     """
 
-    dataset: str = "mnist"
     steps: int = 60_000
-    seeds: int = 3
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
     search_steps: int = 9_000
-    search_seeds: int = 1
-    batch_size: int = 100
     widths: tuple[int, ...] = (800, 800)
     small_widths: tuple[int, ...] = (80, 80)
     input_dropout: float = 0.2
     hidden_dropout: float = 0.5
     momentum: float = 0.9
     final: float = 0.135
-    held_out_share: float = 1 / 6
     evaluate_every: int = 600
     targets: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        counts = {"seeds": self.seeds, "search_seeds": self.search_seeds, "search_steps": self.search_steps}
-        for name, value in (counts | {"evaluate_every": self.evaluate_every}).items():
-            if value < 1:
-                raise SettingsError(f"{name} is {value}; it must be 1 or more")
-        if self.seeds > 1000:
-            raise SettingsError(f"seeds is {self.seeds}; allowed: 1 to 1000 (the search uses seeds from 1000 on)")
-        if not self.rates or len(set(self.rates)) != len(self.rates):
-            raise SettingsError(f"rates is {self.rates}; it must name one or more different learning rates")
-        if not 0 < self.held_out_share < 1:
-            raise SettingsError(f"held_out_share is {self.held_out_share}; it must be between 0 and 1")
+        super().__post_init__()
+        if self.evaluate_every < 1:
+            raise SettingsError(f"evaluate_every is {self.evaluate_every}; it must be 1 or more")
         if not self.targets:
             object.__setattr__(self, "targets", _TARGETS.get(self.dataset, ()))
         if any(not 0 < target < 1 for target in self.targets):

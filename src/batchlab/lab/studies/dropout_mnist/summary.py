@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
-from batchlab.lab.comparison import Estimate, estimate, final_score, paired_difference, paired_ratio, steps_to_target
+from batchlab.lab.comparison import Estimate, estimate, final_error, paired_difference, paired_ratio, steps_to_target
 from batchlab.lab.records import RunRecord
+from batchlab.lab.studies.comparison_study import Finished
 from batchlab.lab.studies.dropout_mnist.settings import ARMS, DropoutMnistSettings
-from batchlab.lab.studies.search import Scores, run_name
+from batchlab.lab.studies.search import Scores
 
-__all__ = ["LAST", "Summary", "Target", "arm_records", "summarize", "to_json"]
-
-LAST = 0.1
-"""A run's test error is the mean over the evaluations in this last share of its steps: a single one is noisy."""
+__all__ = ["Summary", "Target", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -60,18 +57,6 @@ class Summary:
     errors_at_epoch_20: tuple[int, ...]
 
 
-def arm_records(
-    settings: DropoutMnistSettings, records: Mapping[str, RunRecord], chosen: Mapping[str, float], arm: str
-) -> list[RunRecord]:
-    """The final runs of an arm, by seed."""
-    return [records[run_name("final", arm, chosen[arm], seed)] for seed in range(settings.seeds)]
-
-
-def final_error(record: RunRecord) -> float:
-    """Share of the test images that are recognized wrongly at the end; 0.9 for a run that diverged."""
-    return 0.9 if record.diverged else 1 - final_score(record, LAST)
-
-
 def _seconds_per_step(record: RunRecord) -> float | None:
     """Of one core's time: the clock would count what else the machine did."""
     return record.timing["processor_seconds"] / record.result["steps"] if record.timing else None
@@ -91,25 +76,20 @@ def _first_without_errors(record: RunRecord, epoch: float) -> float | None:
     return next((line["step"] / epoch for line in record.metrics if line.get("training_errors") == 0), None)
 
 
-def summarize(
-    settings: DropoutMnistSettings,
-    records: Mapping[str, RunRecord],
-    chosen: dict[str, float],
-    scores: Scores,
-    training_images: int,
-) -> Summary:
+def summarize(finished: Finished) -> Summary:
     """Compute the summary of a finished study from its records."""
-    arms = {name: arm_records(settings, records, chosen, name) for name in ARMS}
+    settings: DropoutMnistSettings = finished.settings
+    arms = {name: finished.runs(name) for name in ARMS}
     errors = {name: [final_error(record) for record in runs] for name, runs in arms.items()}
     pairs = [("batchwise", "independent"), ("independent", "none"), ("batchwise", "none"), ("none", "small")]
-    epoch = training_images / settings.batch_size
+    epoch = finished.training_images / settings.batch_size
     pace = {name: [_seconds_per_step(record) for record in runs] for name, runs in arms.items()}
     timed = {name: [p for p in found if p] for name, found in pace.items()}
     complete = all(len(found) == settings.seeds for found in timed.values())
     small = arms["small"]
     return Summary(
-        chosen=chosen,
-        scores=scores,
+        chosen=finished.chosen,
+        scores=finished.scores,
         errors={name: estimate(values) for name, values in errors.items()},
         differences={f"{b} - {a}": paired_difference(errors[a], errors[b]) for b, a in pairs},
         seconds_per_epoch={name: fmean(found) * epoch if complete else None for name, found in timed.items()},
@@ -122,17 +102,3 @@ def summarize(
             line["training_errors"] for record in small for line in record.metrics if line["step"] == round(20 * epoch)
         ),
     )
-
-
-def to_json(summary: Summary) -> dict[str, Any]:
-    """Plain values; an interval that one seed cannot give is null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(key): plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and value != value else value
-
-    found: dict[str, Any] = plain(asdict(summary))
-    return found

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from batchlab.lab.comparison import Estimate, estimate
 from batchlab.lab.figures import Line, line_figure, rate_search
-from batchlab.lab.records import RunRecord
-from batchlab.lab.report import FigureBlock, Page, Paragraph, Section, Table
-from batchlab.lab.studies.dropout_mnist.answer import difference, percent
-from batchlab.lab.studies.dropout_patterns.settings import DropoutPatternsSettings, arms, label
-from batchlab.lab.studies.dropout_patterns.summary import Summary, arm_records
+from batchlab.lab.report import FigureBlock, Page, Section, Table
+from batchlab.lab.studies.comparison_study import Finished
+from batchlab.lab.studies.dropout_patterns.settings import DropoutPatternsSettings, label
+from batchlab.lab.studies.dropout_patterns.summary import Summary
+from batchlab.lab.studies.sections import DROPOUT_PAPER, footer, method_section, rate_section
+from batchlab.lab.studies.sentences import difference, percent, points
 
 __all__ = ["answer", "build_page", "error_table", "figures", "verdict_table"]
 
@@ -33,18 +31,14 @@ def answer(settings: DropoutPatternsSettings, summary: Summary) -> list[str]:
     ]
 
 
-def error_table(settings: DropoutPatternsSettings, summary: Summary, caption: str) -> Table:
+def error_table(summary: Summary, caption: str) -> Table:
     """Each arm's test error, and how much more it is than with a new exact pattern each batch."""
 
     def more(name: str) -> str:
-        if name not in summary.more_than_exact:
-            return "–"
-        gap = summary.more_than_exact[name]
-        interval = "" if gap.low != gap.low else f" ({100 * gap.low:+.2f} to {100 * gap.high:+.2f})"
-        return f"{100 * gap.mean:+.2f}{interval}"
+        return points(summary.more_than_exact[name]) if name in summary.more_than_exact else "–"
 
     rows = [
-        [label(name), f"{summary.chosen[name]:g}", percent(summary.errors[name]), more(name)] for name in arms(settings)
+        [label(name), f"{summary.chosen[name]:g}", percent(summary.errors[name]), more(name)] for name in summary.errors
     ]
     return Table(["dropout", "learning rate", "test error", "more than exact, points"], rows, caption)
 
@@ -64,10 +58,9 @@ def verdict_table(settings: DropoutPatternsSettings, summary: Summary, caption: 
     return Table(["the paper", "here"], rows, caption)
 
 
-def figures(
-    settings: DropoutPatternsSettings, records: Mapping[str, RunRecord], summary: Summary, training_images: int
-) -> dict[str, str]:
+def figures(finished: Finished, summary: Summary) -> dict[str, str]:
     """All figures of the study, by name, as SVG."""
+    settings = finished.settings
     numbers = sorted(settings.patterns)
     limited = [summary.errors[f"patterns{n}"] for n in numbers]
 
@@ -99,11 +92,11 @@ def figures(
             description="Test error against the number of different dropout patterns",
         )
     }
-    epoch = training_images / settings.batch_size
+    epoch = finished.training_images / settings.batch_size
     shown = ["exact", "bernoulli", *(f"patterns{n}" for n in (numbers[0], numbers[len(numbers) // 2]))]
     curves = {}
     for name in dict.fromkeys(shown):
-        runs = [r for r in arm_records(settings, records, summary.chosen, name) if not r.diverged]
+        runs = [r for r in finished.runs(name) if not r.diverged]
         if runs:
             steps = runs[0].curve[0]
             means = [estimate([1 - r.metrics[i]["accuracy"] for r in runs]).mean for i in range(len(steps))]
@@ -127,17 +120,11 @@ def figures(
     return drawn
 
 
-def build_page(
-    settings: DropoutPatternsSettings,
-    data: dict[str, Any],
-    records: Mapping[str, RunRecord],
-    summary: Summary,
-    command: str,
-    drawn: dict[str, str],
-) -> Page:
+def build_page(finished: Finished, summary: Summary, command: str, drawn: dict[str, str]) -> Page:
     """Put the report together; `drawn` are the `figures`."""
-    epochs = settings.steps * settings.batch_size / int(data["training_images"])
-    environment = next(iter(records.values())).environment
+    settings = finished.settings
+    epochs = settings.steps * settings.batch_size / finished.training_images
+    environment = next(iter(finished.records.values())).environment
     widths = " and ".join(map(str, settings.widths))
     method = (
         f"A network of {widths} ReLU units on pixels from 0 to 1, {100 * settings.input_dropout:g} % of the inputs and "
@@ -170,7 +157,6 @@ def build_page(
                 "All arms",
                 [
                     error_table(
-                        settings,
                         summary,
                         "Test error after the last step. The last column is the paired difference to a new exact "
                         "pattern each batch, in percentage points. In brackets: 95 % intervals over seeds.",
@@ -178,23 +164,8 @@ def build_page(
                     FigureBlock(drawn["test-error"], "The same over training, for some of the arms: means over seeds."),
                 ],
             ),
-            Section(
-                "Is it only the learning rate?",
-                [
-                    FigureBlock(
-                        drawn["rate-search"],
-                        f"The search: accuracy on held-out training images after {settings.search_steps:,} steps for "
-                        "each first learning rate; rings are the chosen ones. The test images had no part in it.",
-                    )
-                ],
-            ),
-            Section("How it was done", [Paragraph(method), Paragraph("To repeat it:"), Paragraph(command, code=True)]),
+            rate_section(drawn["rate-search"], settings.search_steps),
+            method_section(method, command),
         ],
-        footer=[
-            f"Data: {data['description']}.",
-            f"batchlab {environment['batchlab']} ({environment.get('commit') or 'no commit'}), torch "
-            f"{environment['torch']}, Python {environment['python']}, {environment['processor']}, one thread a run.",
-            "Graham, Reizenstein & Robinson, Efficient batchwise dropout training using submatrices, 2015 "
-            "(arXiv:1502.02478).",
-        ],
+        footer=footer(f"Data: {finished.data['description']}", environment, DROPOUT_PAPER),
     )

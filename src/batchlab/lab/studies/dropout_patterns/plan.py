@@ -1,62 +1,29 @@
-"""Which runs the study dropout-patterns needs: a search for each arm's learning rate, then the comparison."""
+"""Which runs the study dropout-patterns compares."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from batchlab.lab.settings import DataSettings, NetworkSettings, OptimizerSettings, RunSettings
+from batchlab.lab.studies.dropout_patterns.settings import DropoutPatternsSettings, dropouts
 
-from batchlab.lab.records import RunRecord
-from batchlab.lab.settings import DataSettings, DropoutSettings, NetworkSettings, OptimizerSettings, RunSettings
-from batchlab.lab.studies import search
-from batchlab.lab.studies.dropout_patterns.settings import DropoutPatternsSettings, arms
-from batchlab.lab.studies.search import SEARCH_SEED, Scores, run_name
-
-__all__ = ["choose_rates", "final_plan", "search_plan"]
+__all__ = ["arms"]
 
 
-def _run(
-    settings: DropoutPatternsSettings, dropout: DropoutSettings, rate: float, seed: int, steps: int, validation: int
-) -> RunSettings:
-    return RunSettings(
-        data=DataSettings(settings.dataset, binarize=False, validation=validation),
-        network=NetworkSettings(settings.widths, "relu", weight_std=0.0, dropout=dropout),
-        optimizer=OptimizerSettings(
-            rate,
-            settings.momentum,
-            nesterov=True,
-            schedule="exponential",
-            final=settings.final,
-            algorithm="submatrix_sgd",
-        ),
-        steps=steps,
-        batch_size=settings.batch_size,
-        seed=seed,
-        probe_units=0,
-        evaluate_every=settings.evaluate_every,
-    )
-
-
-def search_plan(settings: DropoutPatternsSettings, training_images: int) -> dict[str, RunSettings]:
-    """Every arm at every rate, evaluated on a validation split of the training images; never on test images."""
-    validation = round(training_images * settings.held_out_share)
+def arms(settings: DropoutPatternsSettings) -> dict[str, RunSettings]:
+    """Each arm's run, by the arm's name."""
     return {
-        run_name("search", name, rate, seed): _run(settings, dropout, rate, seed, settings.search_steps, validation)
-        for rate in settings.rates
-        for seed in range(SEARCH_SEED, SEARCH_SEED + settings.search_seeds)
-        for name, dropout in arms(settings).items()
-    }
-
-
-def choose_rates(
-    settings: DropoutPatternsSettings, records: Mapping[str, RunRecord]
-) -> tuple[dict[str, float], Scores]:
-    """Each arm's best rate, and all scores of the search."""
-    return search.choose_rates(arms(settings), settings.rates, settings.search_seeds, records)
-
-
-def final_plan(settings: DropoutPatternsSettings, chosen: Mapping[str, float]) -> dict[str, RunSettings]:
-    """Every arm at its own best rate; evaluated on the test images."""
-    return {
-        run_name("final", name, chosen[name], seed): _run(settings, dropout, chosen[name], seed, settings.steps, 0)
-        for seed in range(settings.seeds)
-        for name, dropout in arms(settings).items()
+        name: RunSettings(
+            data=DataSettings(settings.dataset, binarize=False),
+            network=NetworkSettings(settings.widths, "relu", weight_std=0.0, dropout=dropout),
+            optimizer=OptimizerSettings(
+                momentum=settings.momentum,
+                nesterov=True,
+                schedule="exponential",
+                final=settings.final,
+                algorithm="submatrix_sgd",
+            ),
+            batch_size=settings.batch_size,
+            probe_units=0,
+            evaluate_every=settings.evaluate_every,
+        )
+        for name, dropout in dropouts(settings).items()
     }

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from batchlab.lab.comparison import Estimate, estimate, final_score, paired_difference
-from batchlab.lab.records import RunRecord
-from batchlab.lab.studies.dropout_patterns.settings import DropoutPatternsSettings, arms
-from batchlab.lab.studies.search import Scores, run_name
+from batchlab.lab.comparison import Estimate, estimate, final_error, paired_difference
+from batchlab.lab.studies.comparison_study import Finished
+from batchlab.lab.studies.dropout_patterns.settings import DropoutPatternsSettings
+from batchlab.lab.studies.search import Scores
 
-__all__ = ["LAST", "Summary", "arm_records", "summarize", "to_json"]
-
-LAST = 0.1
-"""A run's test error is the mean over the evaluations in this last share of its steps: a single one is noisy."""
+__all__ = ["Summary", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -36,28 +31,10 @@ class Summary:
     enough: int | None
 
 
-def arm_records(
-    settings: DropoutPatternsSettings, records: Mapping[str, RunRecord], chosen: Mapping[str, float], arm: str
-) -> list[RunRecord]:
-    """The final runs of an arm, by seed."""
-    return [records[run_name("final", arm, chosen[arm], seed)] for seed in range(settings.seeds)]
-
-
-def _final_error(record: RunRecord) -> float:
-    return 0.9 if record.diverged else 1 - final_score(record, LAST)
-
-
-def summarize(
-    settings: DropoutPatternsSettings,
-    records: Mapping[str, RunRecord],
-    chosen: dict[str, float],
-    scores: Scores,
-) -> Summary:
+def summarize(finished: Finished) -> Summary:
     """Compute the summary of a finished study from its records."""
-    errors = {
-        name: [_final_error(record) for record in arm_records(settings, records, chosen, name)]
-        for name in arms(settings)
-    }
+    settings: DropoutPatternsSettings = finished.settings
+    errors = {name: [final_error(record) for record in finished.runs(name)] for name in finished.chosen}
     more = {name: paired_difference(errors["exact"], values) for name, values in errors.items() if name != "exact"}
     enough = None
     for number in sorted(settings.patterns, reverse=True):
@@ -65,16 +42,6 @@ def summarize(
         if not gap.low <= 0 <= gap.high:
             break
         enough = number
-    return Summary(chosen, scores, {name: estimate(values) for name, values in errors.items()}, more, enough)
-
-
-def to_json(summary: Summary) -> dict[str, Any]:
-    """Plain values; an interval that one seed cannot give is null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(key): plain(item) for key, item in value.items()}
-        return None if isinstance(value, float) and value != value else value
-
-    found: dict[str, Any] = plain(asdict(summary))
-    return found
+    return Summary(
+        finished.chosen, finished.scores, {name: estimate(values) for name, values in errors.items()}, more, enough
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -24,23 +23,13 @@ from batchlab.lab.studies.dropout_speed.measure import (
 from batchlab.lab.studies.dropout_speed.page import build_page, figures, speed_table
 from batchlab.lab.studies.dropout_speed.settings import SIZES, DropoutSpeedSettings
 from batchlab.lab.studies.dropout_speed.summary import summarize, to_json
-from batchlab.lab.studies.ending import print_ending
+from batchlab.lab.studies.ending import command_for, print_ending
 from batchlab.lab.studies.stages import write_outcome
 from batchlab.lab.study import Study, Workplace, open_folder, read_study
 
 __all__ = ["STUDY"]
 
 NAME: Final = "dropout-speed"
-
-
-def _command(settings: DropoutSpeedSettings) -> str:
-    """The words that start this study again."""
-    size = next((name for name, size in SIZES.items() if replace(size, dataset=settings.dataset) == settings), None)
-    if size is None:
-        return f"batchlab study {NAME} --settings SETTINGS.toml   # the settings are in study.json"
-    options = {"--size": (size, "full"), "--dataset": (settings.dataset, "mnist")}
-    words = [f"{name} {value}" for name, (value, default) in options.items() if value != default]
-    return " ".join([f"batchlab study {NAME}", *words])
 
 
 def _measure_missing(settings: DropoutSpeedSettings, folder: Path, dataset: Dataset, console: Console) -> None:
@@ -101,7 +90,7 @@ def report(folder: Path, console: Console) -> Path:
         points = [read_point(folder / name, settings) for name in plan(settings)]
         rows = summarize(settings, points)
         drawn = figures(rows)
-        page = build_page(settings, data, points, rows, _command(settings), drawn)
+        page = build_page(settings, data, points, rows, command_for(NAME, settings, SIZES), drawn)
         write_outcome(folder, to_json(rows), drawn, page)
     title = f"Seconds for {settings.epoch_images:,} images, and what batchwise dropout saves"
     print_ending(console, title, speed_table(rows, ""), answer(settings, rows), folder)

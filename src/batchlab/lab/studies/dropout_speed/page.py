@@ -11,6 +11,7 @@ from batchlab.lab.studies.dropout_speed.answer import answer, percent, percent_r
 from batchlab.lab.studies.dropout_speed.measure import ARMS, Point
 from batchlab.lab.studies.dropout_speed.settings import DropoutSpeedSettings
 from batchlab.lab.studies.dropout_speed.summary import PAPER, Row, paper_row, saving
+from batchlab.lab.studies.sections import DROPOUT_PAPER
 from batchlab.lab.timing import Quartiles
 
 __all__ = ["build_page", "figures", "speed_table", "verdict_table"]
@@ -218,7 +219,6 @@ def build_page(
             f"Inputs: {data['description']}.",
             f"{versions}, torch {environment['torch']}, Python {environment['python']}, {environment['processor']} "
             f"({environment['vector_instructions']}), one thread.",
-            "Graham, Reizenstein & Robinson, Efficient batchwise dropout training using submatrices, 2015 "
-            "(arXiv:1502.02478).",
+            DROPOUT_PAPER,
         ],
     )

@@ -1,0 +1,49 @@
+"""Settings that studies have in common whose arms each get a learning rate of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from batchlab.lab.settings import SettingsError
+
+__all__ = ["ComparisonSettings"]
+
+
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """A search for each arm's learning rate, then the same seeds in every arm.
+
+    Args:
+        dataset: "mnist" or "fashion".
+        steps: of each final run.
+        seeds: final runs of each arm; the same seeds in every arm.
+        rates: first learning rates tried for each arm.
+        search_steps: steps of each run of the search.
+        search_seeds: runs of each arm and rate in the search; other seeds than the final ones.
+        batch_size: images in a batch.
+        held_out_share: share of the training images that the search validates on.
+
+    Raises:
+        SettingsError: a value that is not allowed.
+    """
+
+    dataset: str = "mnist"
+    steps: int = 12_000
+    seeds: int = 3
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
+    search_steps: int = 3_000
+    search_seeds: int = 1
+    batch_size: int = 100
+    held_out_share: float = 1 / 6
+
+    def __post_init__(self) -> None:
+        counts = {"seeds": self.seeds, "search_seeds": self.search_seeds, "search_steps": self.search_steps}
+        for name, value in counts.items():
+            if value < 1:
+                raise SettingsError(f"{name} is {value}; it must be 1 or more")
+        if self.seeds > 1000:
+            raise SettingsError(f"seeds is {self.seeds}; allowed: 1 to 1000 (the search uses seeds from 1000 on)")
+        if not self.rates or len(set(self.rates)) != len(self.rates):
+            raise SettingsError(f"rates is {self.rates}; it must name one or more different learning rates")
+        if not 0 < self.held_out_share < 1:
+            raise SettingsError(f"held_out_share is {self.held_out_share}; it must be between 0 and 1")
