@@ -3,38 +3,126 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
-from batchlab.lab.records import read_record
+import pytest
+
+from batchlab.lab.report import Table
+from batchlab.lab.studies.comparison_study import Comparison, Finished, read_finished
 from batchlab.lab.studies.dropout_mnist import COMPARISON as DROPOUT_MNIST
-from batchlab.lab.studies.search import choose_rates, search_plan
+from batchlab.lab.studies.dropout_mnist.page import error_table, target_table, verdict_table
+from batchlab.lab.studies.dropout_patterns import COMPARISON as DROPOUT_PATTERNS
+from batchlab.lab.studies.dropout_patterns import page as patterns_page
+from batchlab.lab.studies.dropout_speed import answer as speed_answer
+from batchlab.lab.studies.dropout_speed.measure import plan, read_point
+from batchlab.lab.studies.dropout_speed.page import verdict_table as speed_verdicts
+from batchlab.lab.studies.dropout_speed.settings import SIZES as SPEED_SIZES
+from batchlab.lab.studies.dropout_speed.settings import DropoutSpeedSettings
+from batchlab.lab.studies.dropout_speed.summary import summarize as summarize_speed
+from batchlab.lab.studies.dropout_speed.summary import to_json as speed_json
+from batchlab.lab.studies.stages import to_json
 from batchlab.lab.study import read_study
 
 ROOT = Path(__file__).parents[2]
+EXPERIMENTS = ROOT / "experiments"
+COMPARISONS = {study.name: study for study in (DROPOUT_MNIST, DROPOUT_PATTERNS)}
 
 
-def test_the_dropout_card_quotes_the_recorded_speeds() -> None:
+def one_line(path: Path) -> str:
+    return re.sub(r"\s+", " ", path.read_text())
+
+
+def rows(table: Table) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in table.rows]
+
+
+def search_rows(finished: Finished, arms: list[str]) -> list[str]:
+    """The README's table of the search: a rate in each row, the chosen score in bold."""
+    lines = []
+    for rate in finished.settings.rates:
+        cells = []
+        for arm in arms:
+            score = finished.scores[arm][rate][0]
+            cell = f"{100 * score:.2f} %" if score else "diverged"
+            cells.append(f"**{cell}**" if finished.chosen[arm] == rate else cell)
+        lines.append(f"| {rate:g} | {' | '.join(cells)} |")
+    return lines
+
+
+def tables(comparison: Comparison, finished: Finished, summary: Any) -> list[str]:
+    if comparison is DROPOUT_MNIST:
+        return [
+            *rows(error_table(summary, "")),
+            *rows(target_table(summary.targets, "")),
+            *rows(verdict_table(finished.settings, summary, "")),
+            *search_rows(finished, ["small", "none", "independent", "batchwise"]),
+        ]
+    return [
+        *rows(patterns_page.error_table(summary, "")),
+        *rows(patterns_page.verdict_table(finished.settings, summary, "")),
+    ]
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_the_page_says_what_the_records_say(name: str) -> None:
+    comparison, folder = COMPARISONS[name], EXPERIMENTS / name
+    finished = read_finished(comparison, folder)
+    summary = comparison.summarize(finished)
+    assert finished.settings == comparison.sizes["full"]
+    assert finished.training_images == 60_000
+    assert json.loads((folder / "summary.json").read_text()) == to_json(summary)
+    text = one_line(folder / "README.md")
+    for sentence in comparison.ending(finished, summary)[2]:
+        assert sentence in text
+    for row in tables(comparison, finished, summary):
+        assert row in text
+    commits = {record.environment["commit"] for record in finished.records.values()}
+    assert not any(commit.endswith("+") for commit in commits)
+
+
+def test_the_page_on_speed_says_what_the_records_say() -> None:
+    folder = EXPERIMENTS / "dropout-speed"
+    settings, _ = read_study(folder, DropoutSpeedSettings)
+    assert settings == SPEED_SIZES["full"]
+    points = [read_point(folder / name, settings) for name in plan(settings)]
+    found = summarize_speed(settings, points)
+    assert json.loads((folder / "summary.json").read_text()) == speed_json(found)
+    text = one_line(folder / "README.md")
+    for sentence in speed_answer.answer(settings, found):
+        assert sentence in text
+    for row in rows(speed_verdicts(found)):
+        assert row in text
+
+
+def recorded(part: str) -> list[dict[str, Any]]:
+    """The last measurement of each of the five networks that has a `part`."""
     lines = (ROOT / "benchmarks" / "results" / "batchwise_dropout.jsonl").read_text().splitlines()
-    records = [record for record in map(json.loads, lines) if "small" in record.get("ratio", {})][-5:]
+    records = [record for record in map(json.loads, lines) if part in record and ("small" in record[part])][-5:]
+    assert len({record["case"] for record in records}) == len(records) == 5
+    assert not any(record["environment"]["commit"].endswith("+") for record in records)
+    return records
+
+
+def test_the_card_quotes_the_recorded_speeds() -> None:
     card = (ROOT / "docs" / "cards" / "batchwise_dropout.md").read_text()
-    rows = re.findall(r"^\| \S.*? \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", card, re.MULTILINE)
-    assert len(rows) == len(records) == 5
-    for row, record in zip(rows, records, strict=True):
+    quoted = re.findall(r"^\| \S.*? \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", card, re.MULTILINE)
+    for row, record in zip(quoted, recorded("ratio"), strict=True):
         ratio = {name: values[0] for name, values in record["ratio"].items()}
         assert row == (f"{ratio['independent']:.1f}", f"{ratio['none']:.1f}", f"{1 / ratio['small']:.2f}")
-        assert not record["environment"]["commit"].endswith("+")
 
 
-def test_the_search_of_dropout_mnist_is_what_its_page_says() -> None:
-    folder = ROOT / "experiments" / "dropout-mnist"
-    settings, data = read_study(folder, DROPOUT_MNIST.settings)
-    assert settings == DROPOUT_MNIST.sizes["full"]
-    arms = DROPOUT_MNIST.arms(settings)
-    plan = search_plan(settings, arms, data["training_images"])
-    chosen, scores = choose_rates(settings, arms, {name: read_record(folder / name) for name in plan})
-    text = (folder / "README.md").read_text()
-    for rate in settings.rates:
-        cells = []
-        for arm, found in scores.items():
-            cell = f"{100 * found[rate][0]:.2f} %" if found[rate][0] else "diverged"
-            cells.append(f"**{cell}**" if chosen[arm] == rate else cell)
-        assert f"| {rate:g} | {' | '.join(cells)} |" in text
+def test_the_card_quotes_the_recorded_memory() -> None:
+    def megabytes(value: int) -> str:
+        return f"{value / 1e6:.0f}" if value > 1e8 else f"{value / 1e6:.1f}"
+
+    large, conv = (recorded("bytes")[index]["bytes"] for index in (2, 4))
+    parts = [
+        (kind, part, f"{megabytes(large[kind][part])} MB", f"{megabytes(conv[kind][part])} MB")
+        for kind in ("independent", "batchwise")
+        for part in ("activations", "peak")
+    ]
+    card = one_line(ROOT / "docs" / "cards" / "batchwise_dropout.md")
+    assert "Activations that wait for the backward pass fall from {0[2]} to {2[2]} ".format(*parts) in card
+    assert "peak of the whole training step from {1[2]} to {3[2]}".format(*parts) in card
+    assert "from {0[3]} to {2[3]}, and the peak from {1[3]} to {3[3]}".format(*parts) in card
+    assert f"wait beside them, {megabytes(large['batchwise']['weight_copies'])} MB" in card

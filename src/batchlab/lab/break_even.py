@@ -11,6 +11,7 @@ from typing import Final
 
 from batchlab.lab.dropout_timing import TrainingStep, mlp, random_batches
 from batchlab.lab.timing import Quartiles, calls_for, quartiles, ratio, take_turns
+from batchlab.nn import BatchwiseDropout
 from batchlab.nn.break_even import faster_mode
 
 __all__ = ["LABELS", "DropoutTimes", "break_even", "break_evens", "measure", "reading"]
@@ -67,7 +68,9 @@ def measure(
     for rate in rates:
         for step in steps.values():
             step.set_rates(rate)
-        mode = faster_mode(steps["batchwise"].model, images, {})
+        chain = steps["batchwise"].model
+        dropouts = [module for module in chain if isinstance(module, BatchwiseDropout) and module.active]
+        mode = faster_mode(chain, dropouts, images, {})
         calls, one_round = calls_for(steps, TURN)
         rounds = min(41, max(5, round(seconds / one_round)))
         times = take_turns(steps, rounds, calls=calls, warm_up=0, on_round=partial(on_progress, 1 / rounds))

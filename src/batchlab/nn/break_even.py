@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from statistics import median
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from batchlab.functional.submatrix import ACCEPTS
 from batchlab.functional.submatrix_gradient import SubmatrixGradient
 from batchlab.functional.submatrix_step import momentum_step
+from batchlab.nn.batchwise_dropout import BatchwiseDropout
 
 __all__ = ["faster_mode"]
 
@@ -24,13 +26,13 @@ MOST_CALLS: Final = 10
 """Short steps are called several times in a turn, for about this long."""
 
 
-def _key(chain: nn.Module, x: Tensor) -> tuple[Any, ...]:
+def _key(active: Sequence[BatchwiseDropout], x: Tensor) -> tuple[Any, ...]:
     """What the choice depends on; batch sizes count by powers of two, so that an odd last batch is no new case."""
-    batch = x.shape[0].bit_length() if x.ndim and x.shape[0] else 0
-    dropouts = tuple((m.p, m.exact) for m in chain.modules() if hasattr(m, "kept") and getattr(m, "active", False))
-    threads = torch.get_num_threads()
+    shape = x.shape
+    batch = shape[0].bit_length() if shape and shape[0] else 0
+    dropouts = tuple([(dropout.p, dropout.exact) for dropout in active])
     # Not whether gradients are on: a checkpoint runs without them first, and must choose the same when it runs again.
-    return batch, x.shape[1:], x.dtype, x.device, dropouts, threads
+    return batch, shape[1:], x.dtype, x.device, dropouts, torch.get_num_threads()
 
 
 def _copy(chain: nn.Module) -> nn.Module:
@@ -107,12 +109,19 @@ def _measure(chain: nn.Module, x: Tensor) -> str:
     return "submatrix" if median(ratios) < 1 else "mask"
 
 
-def faster_mode(chain: nn.Module, x: Tensor, known: dict[Any, str]) -> str:
+def faster_mode(chain: nn.Module, active: Sequence[BatchwiseDropout], x: Tensor, known: dict[Any, str]) -> str:
     """The faster mode for batches like `x`: from `known`, or measured on a copy and remembered there.
 
     Parameters, buffers, gradients and random states are as before.
+
+    Args:
+        chain: the container.
+        active: its dropouts that drop anything.
+        x: a batch.
+        known: what was measured before.
     """
-    key = _key(chain, x)
-    if key not in known:
-        known[key] = _measure(chain, x)
-    return known[key]
+    key = _key(active, x)
+    mode = known.get(key)
+    if mode is None:
+        mode = known[key] = _measure(chain, x)
+    return mode

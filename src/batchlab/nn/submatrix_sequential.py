@@ -93,11 +93,12 @@ class SubmatrixSequential(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Run the chain."""
         steps = self.steps()
-        if not any(module.active for _, module, kind in steps if kind == "dropout"):
+        active = [module for _, module, kind in steps if kind == "dropout" and module.active]
+        if not active:
             return super().forward(x)  # type: ignore[no-untyped-call, no-any-return]
         mode = self._mode
         if mode == "auto":
-            mode = "submatrix" if transformed() else faster_mode(self, x, self._faster)
+            mode = "submatrix" if transformed() else faster_mode(self, active, x, self._faster)
         return run_submatrix(steps, x) if mode == "submatrix" else run_masked(steps, x)
 
     def extra_repr(self) -> str:
