@@ -129,5 +129,4 @@ def momentum_step(
 
 def sorted_first(order: Tensor, count: int) -> Tensor:
     """The first `count` entries of a permutation, sorted."""
-    kept: Tensor = torch.ops.batchlab_submatrix.sorted_first.default(order, count)
-    return kept
+    return torch.ops.batchlab_submatrix.sorted_first.default(order, count)  # type: ignore[no-any-return]

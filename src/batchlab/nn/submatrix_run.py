@@ -114,7 +114,11 @@ def _relu_follows(steps: list[Step], index: int) -> bool:
 
 def _produce(a: Compact, module: Any, kind: str, rows: Tensor | None, relu: bool) -> None:
     if kind == "linear":
-        a.pending.append(KeptLinear(module.weight, module.bias, rows, a.kept, a.scale, relu))
+        # nn.Module's attributes are a search; this one is made for every layer of every batch.
+        own = module._parameters
+        weight = own["weight"] if "weight" in own else module.weight  # a replica's are ordinary attributes
+        bias = own["bias"] if "bias" in own else module.bias
+        a.pending.append(KeptLinear(weight, bias, rows, a.kept, a.scale, relu))
     else:
         block, bias = submatrix(module.weight, module.bias, rows, a.kept)
         a.x = _convolve(module, a.x, block * a.scale if a.scale != 1 else block, bias)
