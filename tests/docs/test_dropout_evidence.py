@@ -80,6 +80,19 @@ def test_the_page_says_what_the_records_say(name: str) -> None:
     assert not any(commit.endswith("+") for commit in commits)
 
 
+def test_the_readme_quotes_the_study() -> None:
+    finished = read_finished(DROPOUT_MNIST, EXPERIMENTS / "dropout-mnist")
+    errors = DROPOUT_MNIST.summarize(finished).errors
+    quoted = {"batchwise": "{} % test error ({} to {})", "independent": "{} % ({} to {})", "none": "{} % ({} to {})"}
+    text = one_line(ROOT / "README.md")
+    for name, words in quoted.items():
+        e = errors[name]
+        assert words.format(*(f"{100 * value:.2f}" for value in (e.mean, e.low, e.high))) in text
+    ratios = [record["ratio"] for record in recorded("ratio")]
+    assert all(3 < ratio["independent"][0] < 4.5 for ratio in ratios)
+    assert all(1.0 <= round(1 / ratio["small"][0], 1) <= 1.3 for ratio in ratios)
+
+
 def test_the_page_on_speed_says_what_the_records_say() -> None:
     folder = EXPERIMENTS / "dropout-speed"
     settings, _ = read_study(folder, DropoutSpeedSettings)
@@ -122,7 +135,10 @@ def test_the_card_quotes_the_recorded_memory() -> None:
         for part in ("activations", "peak")
     ]
     card = one_line(ROOT / "docs" / "cards" / "batchwise_dropout.md")
-    assert "Activations that wait for the backward pass fall from {0[2]} to {2[2]} ".format(*parts) in card
-    assert "peak of the whole training step from {1[2]} to {3[2]}".format(*parts) in card
-    assert "from {0[3]} to {2[3]}, and the peak from {1[3]} to {3[3]}".format(*parts) in card
-    assert f"wait beside them, {megabytes(large['batchwise']['weight_copies'])} MB" in card
+    assert (
+        "Activations that wait for the backward pass fall from {0[2]} with `torch.nn.Dropout` to {2[2]} ".format(*parts)
+        in card
+    )
+    assert "the peak of the whole training step from {1[2]} to {3[2]}.".format(*parts) in card
+    assert "activations fall from {0[3]} to {2[3]}, and the peak from {1[3]} to {3[3]},".format(*parts) in card
+    assert f"wait beside them, {megabytes(large['batchwise']['weight_copies'])} MB;" in card

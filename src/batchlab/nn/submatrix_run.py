@@ -114,10 +114,10 @@ def _relu_follows(steps: list[Step], index: int) -> bool:
 
 def _produce(a: Compact, module: Any, kind: str, rows: Tensor | None, relu: bool) -> None:
     if kind == "linear":
-        # nn.Module's attributes are a search; this one is made for every layer of every batch.
+        # nn.Module's attributes are a search, which every layer of every batch would make; a replica's are ordinary.
         own = module._parameters
-        weight = own["weight"] if "weight" in own else module.weight  # a replica's are ordinary attributes
-        bias = own["bias"] if "bias" in own else module.bias
+        weight = own["weight"] if "weight" in own else module.weight  # noqa: SIM401 - get() would search, too
+        bias = own["bias"] if "bias" in own else module.bias  # noqa: SIM401
         a.pending.append(KeptLinear(weight, bias, rows, a.kept, a.scale, relu))
     else:
         block, bias = submatrix(module.weight, module.bias, rows, a.kept)
