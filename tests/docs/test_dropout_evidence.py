@@ -13,7 +13,7 @@ from batchlab.lab.studies.dropout_mnist import COMPARISON as DROPOUT_MNIST
 from batchlab.lab.studies.dropout_mnist.page import error_table, target_table, verdict_table
 from batchlab.lab.studies.dropout_patterns import COMPARISON as DROPOUT_PATTERNS
 from batchlab.lab.studies.dropout_patterns import page as patterns_page
-from batchlab.lab.studies.dropout_speed import answer as speed_answer
+from batchlab.lab.studies.dropout_speed.answer import answer as speed_answer
 from batchlab.lab.studies.dropout_speed.measure import plan, read_point
 from batchlab.lab.studies.dropout_speed.page import verdict_table as speed_verdicts
 from batchlab.lab.studies.dropout_speed.settings import SIZES as SPEED_SIZES
@@ -101,7 +101,7 @@ def test_the_page_on_speed_says_what_the_records_say() -> None:
     found = summarize_speed(settings, points)
     assert json.loads((folder / "summary.json").read_text()) == speed_json(found)
     text = one_line(folder / "README.md")
-    for sentence in speed_answer.answer(settings, found):
+    for sentence in speed_answer(settings, found):
         assert sentence in text
     for row in rows(speed_verdicts(found)):
         assert row in text
