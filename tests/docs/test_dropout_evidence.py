@@ -142,3 +142,19 @@ def test_the_card_quotes_the_recorded_memory() -> None:
     assert "the peak of the whole training step from {1[2]} to {3[2]}.".format(*parts) in card
     assert "activations fall from {0[3]} to {2[3]}, and the peak from {1[3]} to {3[3]},".format(*parts) in card
     assert f"wait beside them, {megabytes(large['batchwise']['weight_copies'])} MB;" in card
+
+
+def test_the_card_quotes_the_recorded_sweep() -> None:
+    lines = (ROOT / "benchmarks" / "results" / "batchwise_dropout.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if record["case"].startswith("auto over independent")][-18:]
+    assert not any(record["environment"]["commit"].endswith("+") for record in records)
+    found = {(record["case"], p): values[0] for record in records for p, values in record["ratio"].items()}
+    assert len(found) == 18 * 6
+    corners = {
+        p: found.pop((case, p))
+        for case, p in list(found)
+        if "-32-32-" in case and "dropout 0," in case and p in ("0.05", "0.1")
+    }
+    card = one_line(ROOT / "docs" / "cards" / "batchwise_dropout.md")
+    assert f"took {min(found.values()):.2f} to {max(found.values()):.2f} times as long" in card
+    assert f"{corners['0.05']:.2f} times at p = 0.05 and {corners['0.1']:.2f} times at p = 0.1" in card
