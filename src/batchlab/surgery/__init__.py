@@ -3,6 +3,8 @@
 from batchlab.surgery.channel_pad import ChannelPad
 from batchlab.surgery.fold import fold
 from batchlab.surgery.fold_report import FoldEntry, FoldReport, FoldResult
+from batchlab.surgery.initialization import initialize
+from batchlab.surgery.initialization_report import InitializationEntry, InitializationReport, InitializationResult
 from batchlab.surgery.insert_batch_norm import insert_batch_norm
 from batchlab.surgery.parameter_groups import parameter_groups
 from batchlab.surgery.recalibrate import recalibrate
@@ -13,7 +15,11 @@ __all__ = [
     "FoldEntry",
     "FoldReport",
     "FoldResult",
+    "InitializationEntry",
+    "InitializationReport",
+    "InitializationResult",
     "fold",
+    "initialize",
     "insert_batch_norm",
     "parameter_groups",
     "recalibrate",
