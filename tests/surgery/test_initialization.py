@@ -134,6 +134,8 @@ BETWEEN: list[tuple[Callable[[], list[nn.Module]], float, float]] = [
     (lambda: [nn.Dropout(0.5), nn.Tanh(), nn.Dropout(0.2)], 1, 0.8),
     (lambda: [ours.BatchwiseDropout(0.5), nn.AlphaDropout(0.5)], 1, 0.5),
     (lambda: [nn.Dropout(1.0), nn.ReLU()], 0, 1),
+    (lambda: [nn.ReLU(), ours.GaussianDropout(0.2), ours.Dropout(0.5, share=2)], 0, 0.4),
+    (lambda: [nn.ReLU(), ours.UniformDropout(0.6)], 0, 1 / 1.12),
     (lambda: [nn.BatchNorm1d(8), nn.ReLU()], 0, 1),
     (lambda: [nn.ReLU(), nn.BatchNorm1d(8)], 1, 1),
     (lambda: [ours.BatchNorm1d(8, activation="leaky_relu"), nn.Dropout(0.5)], 0.01, 0.5),

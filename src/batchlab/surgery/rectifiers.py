@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 
-from batchlab.nn import BatchwiseDropout
+from batchlab.nn import BatchwiseDropout, UniformDropout
+from batchlab.reference.variance_shift import uniform_second_moment
 from batchlab.surgery.dataflow import describe, input_of
 from batchlab.surgery.dropout_dims import POOLINGS
 from batchlab.surgery.layers import Norm
@@ -130,6 +131,8 @@ def _slope(node: fx.Node, root: nn.Module) -> float | None:
 def _keep(node: fx.Node, root: nn.Module) -> float | None:
     """1 / E[noise²] of a dropout; None for anything else. One that drops everything has nothing to make up for."""
     module = _module(node, root)
+    if isinstance(module, UniformDropout):
+        return 1 / uniform_second_moment(module.beta)
     p: Any = None
     if isinstance(module, (_DropoutNd, BatchwiseDropout)) and not isinstance(module, PASSING_MODULES):
         p = module.p
