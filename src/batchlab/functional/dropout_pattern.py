@@ -7,7 +7,7 @@ from torch import Tensor
 
 from batchlab import kernels
 
-__all__ = ["check_rate", "draw", "draw_pattern", "inverted_scale", "kept_count"]
+__all__ = ["check_rate", "draw", "draw_count", "draw_pattern", "inverted_scale", "kept_count"]
 
 
 def check_rate(p: float) -> None:
@@ -102,15 +102,18 @@ def draw_pattern(
 
 def draw(num_features: int, p: float, exact: bool, generator: torch.Generator | None) -> Tensor:
     """`draw_pattern` without its checks."""
-    in_graph = generator is None and torch.compiler.is_compiling()
-    if not exact:
-        if in_graph:
-            chosen: Tensor = _draw_bernoulli_op(num_features, p)
-        else:
-            chosen = torch.rand(num_features, generator=generator) >= p
-        return chosen.nonzero().view(-1)
-    count = kept_count(num_features, p)
-    if in_graph:
+    if exact:
+        return draw_count(num_features, kept_count(num_features, p), generator)
+    if generator is None and torch.compiler.is_compiling():
+        chosen: Tensor = _draw_bernoulli_op(num_features, p)
+    else:
+        chosen = torch.rand(num_features, generator=generator) >= p
+    return chosen.nonzero().view(-1)
+
+
+def draw_count(num_features: int, count: int, generator: torch.Generator | None) -> Tensor:
+    """Draw `count` of the features, each subset with the same probability; sorted int64 on the CPU."""
+    if generator is None and torch.compiler.is_compiling():
         kept: Tensor = _draw_exact_op(num_features, count)
         return kept
     return _draw_exact(num_features, count, generator)
