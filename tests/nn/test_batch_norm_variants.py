@@ -1,4 +1,4 @@
-"""The contract of every layer that is not batch normalization in training alone: torch's state, modes, dtypes, files."""
+"""The contract of the layers that are not batch normalization in training alone: torch's state, modes, dtypes."""
 
 import copy
 import io
@@ -15,6 +15,7 @@ import batchlab.nn as ours
 SHAPES = {1: (6, 4), 2: (6, 4, 3, 3), 3: (6, 4, 2, 3, 3)}
 # Each mechanism with settings under which it does what distinguishes it from the first batch on.
 OPTIONS: dict[str, dict[str, Any]] = {
+    "BatchRenorm": {"warmup_steps": 1, "r_max_steps": 3, "d_max_steps": 4, "momentum": 0.1},
     "GhostBatchNorm": {"group_size": 4},
 }
 NAMES = [f"{mechanism}{dimensions}d" for mechanism in OPTIONS for dimensions in SHAPES]

@@ -1,6 +1,7 @@
 """Public functions: each checks its arguments, chooses a backend and defines the gradient; no state of its own."""
 
 from batchlab.functional.batch_norm import batch_norm, update_running_statistics
+from batchlab.functional.batch_renorm import batch_renorm
 from batchlab.functional.dropout_pattern import draw_pattern
 from batchlab.functional.ghost_batch_norm import ghost_batch_norm
 from batchlab.functional.submatrix import submatrix, submatrix_conv
@@ -10,6 +11,7 @@ from batchlab.functional.submatrix_linear import submatrix_linear
 __all__ = [
     "SubmatrixGradient",
     "batch_norm",
+    "batch_renorm",
     "draw_pattern",
     "ghost_batch_norm",
     "submatrix",
