@@ -4,9 +4,11 @@ from batchlab.functional.batch_norm import batch_norm, update_running_statistics
 from batchlab.functional.batch_renorm import batch_renorm
 from batchlab.functional.dropout_pattern import draw_pattern
 from batchlab.functional.ghost_batch_norm import ghost_batch_norm
+from batchlab.functional.mean_only_batch_norm import mean_only_batch_norm
 from batchlab.functional.submatrix import submatrix, submatrix_conv
 from batchlab.functional.submatrix_gradient import SubmatrixGradient
 from batchlab.functional.submatrix_linear import submatrix_linear
+from batchlab.functional.variance_only_batch_norm import variance_only_batch_norm
 
 __all__ = [
     "SubmatrixGradient",
@@ -14,8 +16,10 @@ __all__ = [
     "batch_renorm",
     "draw_pattern",
     "ghost_batch_norm",
+    "mean_only_batch_norm",
     "submatrix",
     "submatrix_conv",
     "submatrix_linear",
     "update_running_statistics",
+    "variance_only_batch_norm",
 ]

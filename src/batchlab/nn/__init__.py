@@ -4,7 +4,13 @@ from batchlab.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchlab.nn.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from batchlab.nn.batchwise_dropout import BatchwiseDropout
 from batchlab.nn.ghost_batch_norm import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+from batchlab.nn.mean_only_batch_norm import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
 from batchlab.nn.submatrix_sequential import SubmatrixSequential
+from batchlab.nn.variance_only_batch_norm import (
+    VarianceOnlyBatchNorm1d,
+    VarianceOnlyBatchNorm2d,
+    VarianceOnlyBatchNorm3d,
+)
 
 __all__ = [
     "BatchNorm1d",
@@ -17,5 +23,11 @@ __all__ = [
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
+    "MeanOnlyBatchNorm1d",
+    "MeanOnlyBatchNorm2d",
+    "MeanOnlyBatchNorm3d",
     "SubmatrixSequential",
+    "VarianceOnlyBatchNorm1d",
+    "VarianceOnlyBatchNorm2d",
+    "VarianceOnlyBatchNorm3d",
 ]

@@ -1,5 +1,19 @@
 """What is computed: each mechanism in plain PyTorch, formula first, differentiable to any order."""
 
-from batchlab.reference import batch_norm, batch_renorm, batchwise_dropout, ghost_batch_norm
+from batchlab.reference import (
+    batch_norm,
+    batch_renorm,
+    batchwise_dropout,
+    ghost_batch_norm,
+    mean_only_batch_norm,
+    variance_only_batch_norm,
+)
 
-__all__ = ["batch_norm", "batch_renorm", "batchwise_dropout", "ghost_batch_norm"]
+__all__ = [
+    "batch_norm",
+    "batch_renorm",
+    "batchwise_dropout",
+    "ghost_batch_norm",
+    "mean_only_batch_norm",
+    "variance_only_batch_norm",
+]
