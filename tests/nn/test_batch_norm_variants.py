@@ -17,11 +17,13 @@ SHAPES = {1: (6, 4), 2: (6, 4, 3, 3), 3: (6, 4, 2, 3, 3)}
 OPTIONS: dict[str, dict[str, Any]] = {
     "BatchRenorm": {"warmup_steps": 1, "r_max_steps": 3, "d_max_steps": 4, "momentum": 0.1},
     "GhostBatchNorm": {"group_size": 4},
+    "NoisyBatchNorm": {},
 }
 NAMES = [f"{mechanism}{dimensions}d" for mechanism in OPTIONS for dimensions in SHAPES]
 FLAT = [f"{mechanism}1d" for mechanism in OPTIONS]
-# What torch's layer has is a subset of what these have, and the way back is to leave the rest out.
-MORE_STATE: tuple[str, ...] = ()
+# Its statistics move every few batches, not in each: some of the contract means something else there.
+POPULATION = "PopulationBatchNorm"
+AT_ONCE = [name for name in FLAT if not name.startswith(POPULATION)]
 
 
 def make(name: str, **options: Any) -> Any:
@@ -54,7 +56,7 @@ def test_state_dicts_load_strictly_both_ways(name: str) -> None:
     assert [parameter for parameter, _ in mine.named_parameters()] == ["weight", "bias"]
     run(mine, batch(name))
     stock = {key: value for key, value in mine.state_dict().items() if not key.startswith("collected_")}
-    assert name.startswith(MORE_STATE or "-") or stock.keys() == mine.state_dict().keys()
+    assert name.startswith(POPULATION) or stock.keys() == mine.state_dict().keys()
     theirs.load_state_dict(stock, strict=True)
     mine.eval()
     theirs.eval()
@@ -194,7 +196,9 @@ def test_memory_layout_does_not_matter(name: str) -> None:
 @pytest.mark.parametrize("name", FLAT)
 def test_large_means_cost_no_digits(name: str) -> None:
     x = batch(name, 5) + 2e3  # mean/std 1e3
-    wide, narrow = make(name, momentum=1.0).double(), make(name, momentum=1.0)
+    silent = {"mean_range": 0.0, "std_range": 1.0, "mean_spread": 0.0, "std_spread": 0.0}  # seeds differ by dtype
+    options = {"momentum": 1.0} | (silent if name.startswith("Noisy") else {})
+    wide, narrow = make(name, **options).double(), make(name, **options)
     for _ in range(2):
         exact, y = run(wide, x.double()), run(narrow, x)
     stock = (nn.BatchNorm1d(4)(x).double() - nn.BatchNorm1d(4).double()(x.double())).detach()
@@ -202,7 +206,7 @@ def test_large_means_cost_no_digits(name: str) -> None:
     torch.testing.assert_close(narrow.running_var.double(), wide.running_var, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", FLAT)
+@pytest.mark.parametrize("name", AT_ONCE)
 def test_without_affine_and_without_momentum(name: str) -> None:
     layer, plain = make(name, affine=False, momentum=None), nn.BatchNorm1d(4, momentum=None)
     for seed in range(4):
@@ -214,7 +218,7 @@ def test_without_affine_and_without_momentum(name: str) -> None:
     assert layer.num_batches_tracked.item() == 4
 
 
-@pytest.mark.parametrize("name", FLAT)
+@pytest.mark.parametrize("name", AT_ONCE)
 def test_nonfinite_batches_leave_no_trace_with_skip(name: str) -> None:
     layer = make(name, nonfinite="skip")
     run(layer, batch(name))

@@ -5,6 +5,7 @@ from batchlab.nn.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from batchlab.nn.batchwise_dropout import BatchwiseDropout
 from batchlab.nn.ghost_batch_norm import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from batchlab.nn.mean_only_batch_norm import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
+from batchlab.nn.noisy_batch_norm import NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d
 from batchlab.nn.submatrix_sequential import SubmatrixSequential
 from batchlab.nn.variance_only_batch_norm import (
     VarianceOnlyBatchNorm1d,
@@ -26,6 +27,9 @@ __all__ = [
     "MeanOnlyBatchNorm1d",
     "MeanOnlyBatchNorm2d",
     "MeanOnlyBatchNorm3d",
+    "NoisyBatchNorm1d",
+    "NoisyBatchNorm2d",
+    "NoisyBatchNorm3d",
     "SubmatrixSequential",
     "VarianceOnlyBatchNorm1d",
     "VarianceOnlyBatchNorm2d",

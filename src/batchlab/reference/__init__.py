@@ -6,6 +6,7 @@ from batchlab.reference import (
     batchwise_dropout,
     ghost_batch_norm,
     mean_only_batch_norm,
+    noisy_batch_norm,
     variance_only_batch_norm,
 )
 
@@ -15,5 +16,6 @@ __all__ = [
     "batchwise_dropout",
     "ghost_batch_norm",
     "mean_only_batch_norm",
+    "noisy_batch_norm",
     "variance_only_batch_norm",
 ]
