@@ -18,6 +18,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "BatchRenorm": {"warmup_steps": 1, "r_max_steps": 3, "d_max_steps": 4, "momentum": 0.1},
     "GhostBatchNorm": {"group_size": 4},
     "NoisyBatchNorm": {},
+    "PopulationBatchNorm": {"refresh_every": 4},
 }
 NAMES = [f"{mechanism}{dimensions}d" for mechanism in OPTIONS for dimensions in SHAPES]
 FLAT = [f"{mechanism}1d" for mechanism in OPTIONS]

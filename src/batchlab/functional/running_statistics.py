@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchlab.reference.batch_norm import average
 
-__all__ = ["NONFINITE", "check_momentum", "check_nonfinite", "move_in_place", "update_in_place"]
+__all__ = ["NONFINITE", "check_finite", "check_momentum", "check_nonfinite", "move_in_place", "update_in_place"]
 
 NONFINITE: Final = ("propagate", "skip", "raise")
 
@@ -22,7 +22,8 @@ def check_nonfinite(nonfinite: str) -> None:
         raise ValueError(f"nonfinite is {nonfinite!r}; allowed are {', '.join(map(repr, NONFINITE))}")
 
 
-def _refuse_nonfinite(finite: Tensor) -> None:
+def check_finite(finite: Tensor) -> None:
+    """Raise ValueError, naming channels, unless `finite`, (C,), is all True; reads it on the host."""
     bad = (~finite).nonzero().flatten().tolist()
     if bad:
         shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
@@ -71,7 +72,7 @@ def move_in_place(
     if nonfinite != "propagate":
         finite = reduce(torch.logical_and, [new.isfinite() for _, new in statistics])
         if nonfinite == "raise":
-            _refuse_nonfinite(finite | ~usable if isinstance(usable, Tensor) else finite)
+            check_finite(finite | ~usable if isinstance(usable, Tensor) else finite)
         else:
             accepted = finite & usable if isinstance(usable, Tensor) else finite
     if num_batches_tracked is not None:

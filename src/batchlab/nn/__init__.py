@@ -6,6 +6,11 @@ from batchlab.nn.batchwise_dropout import BatchwiseDropout
 from batchlab.nn.ghost_batch_norm import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from batchlab.nn.mean_only_batch_norm import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
 from batchlab.nn.noisy_batch_norm import NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d
+from batchlab.nn.population_batch_norm import (
+    PopulationBatchNorm1d,
+    PopulationBatchNorm2d,
+    PopulationBatchNorm3d,
+)
 from batchlab.nn.submatrix_sequential import SubmatrixSequential
 from batchlab.nn.variance_only_batch_norm import (
     VarianceOnlyBatchNorm1d,
@@ -30,6 +35,9 @@ __all__ = [
     "NoisyBatchNorm1d",
     "NoisyBatchNorm2d",
     "NoisyBatchNorm3d",
+    "PopulationBatchNorm1d",
+    "PopulationBatchNorm2d",
+    "PopulationBatchNorm3d",
     "SubmatrixSequential",
     "VarianceOnlyBatchNorm1d",
     "VarianceOnlyBatchNorm2d",

@@ -55,7 +55,7 @@ class RunningStatistics(nn.Module):
     def widen_statistics(self) -> None:
         """Keep the running statistics float32 or wider; in half precision small updates would be rounded away."""
         for name in self.statistics_buffers:
-            buffer = getattr(self, name)
+            buffer = getattr(self, name, None)  # a subclass may not have registered its own yet
             if buffer is not None and buffer.is_floating_point():
                 setattr(self, name, buffer.to(statistics_dtype(buffer.dtype)))
 
