@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 from batchlab.functional.activation import check_activation
+from batchlab.functional.batch_norm_checks import (
+    check_input,
+    check_mask,
+    check_residual,
+    check_running,
+    check_sample_count,
+)
 from batchlab.functional.batch_norm_training import (
     BACKENDS,
     batch_statistics,
@@ -24,58 +31,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["batch_norm", "update_running_statistics"]
-
-
-def _shape(x: Tensor) -> str:
-    return f"({', '.join(map(str, x.shape))})"
-
-
-def _check_input(x: Tensor, channel_tensors: dict[str, Tensor | None]) -> None:
-    if x.ndim < 2:
-        raise ValueError(
-            f"x has shape {_shape(x)}; batch normalization needs (N, C, ...), with channels in dimension 1"
-        )
-    if not x.is_floating_point():
-        raise TypeError(f"x is {x.dtype}; batch normalization needs a real floating-point input: call x.float() first")
-    for name, value in channel_tensors.items():
-        if value is not None and value.shape != (x.shape[1],):
-            raise ValueError(
-                f"{name} has shape {_shape(value)}, but x of shape {_shape(x)} has {x.shape[1]} channels in dimension 1"
-            )
-
-
-def _check_mask(mask: Tensor, x: Tensor) -> Tensor:
-    if mask.is_floating_point() or mask.is_complex():
-        raise TypeError(f"mask is {mask.dtype}; it must be bool, True where an entry is valid: use mask != 0")
-    target = (x.shape[0], 1, *x.shape[2:])
-    try:
-        return mask.to(torch.bool).expand(target)
-    except RuntimeError:
-        hint = " (mask.unsqueeze(1) adds the channel dimension)" if mask.ndim == x.ndim - 1 else ""
-        raise ValueError(
-            f"mask has shape {_shape(mask)}; for x of shape {_shape(x)} it must broadcast to {target}{hint}"
-        ) from None
-
-
-def _check_residual(residual: Tensor, x: Tensor) -> None:
-    if residual.shape != x.shape:
-        raise ValueError(f"residual has shape {_shape(residual)}, x has {_shape(x)}; they must be the same")
-
-
-def _check_running(running_mean: Tensor | None, running_var: Tensor | None) -> None:
-    if (running_mean is None) != (running_var is None):
-        missing = "running_mean" if running_mean is None else "running_var"
-        raise ValueError(f"{missing} is None and the other is not: give both running statistics or neither")
-
-
-def _check_sample_count(x: Tensor, mask: Tensor | None, process_group: ProcessGroup | None) -> None:
-    # A count that depends on a mask or on other ranks is known on the device only; there, a single sample gives zeros.
-    if mask is None and process_group is None and samples_per_channel(x) == 1:
-        raise ValueError(
-            f"x of shape {_shape(x)} has one value per channel, and batch statistics need at least two. Use larger "
-            "batches (DataLoader(drop_last=True) drops a last odd one), or running statistics: training=False in the "
-            "function, .eval() or statistics='running' on the layer."
-        )
 
 
 def batch_norm(
@@ -151,14 +106,14 @@ def batch_norm(
     >>> mean.tolist()
     [0.20000000298023224, 2.0]
     """
-    _check_input(x, {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias})
-    _check_running(running_mean, running_var)
+    check_input(x, {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias})
+    check_running(running_mean, running_var)
     check_activation(activation)
     check_nonfinite(nonfinite)
     check_momentum(momentum)
     if residual is not None:
-        _check_residual(residual, x)
-    valid = None if mask is None else _check_mask(mask, x)
+        check_residual(residual, x)
+    valid = None if mask is None else check_mask(mask, x)
 
     if not training:
         if running_mean is None or running_var is None:
@@ -170,7 +125,7 @@ def batch_norm(
 
     if process_group is not None:
         check_process_group(process_group)
-    _check_sample_count(x, valid, process_group)
+    check_sample_count(x, valid, process_group)
     y, mean, var, count = normalize_batch(
         x,
         weight,
@@ -212,13 +167,13 @@ def update_running_statistics(
     >>> mean.item(), var.item()
     (1.0, 1.5)
     """
-    _check_input(x, {"running_mean": running_mean, "running_var": running_var})
+    check_input(x, {"running_mean": running_mean, "running_var": running_var})
     check_nonfinite(nonfinite)
     check_momentum(momentum)
     if process_group is not None:
         check_process_group(process_group)
-    valid = None if mask is None else _check_mask(mask, x)
-    _check_sample_count(x, valid, process_group)
+    valid = None if mask is None else check_mask(mask, x)
+    check_sample_count(x, valid, process_group)
     _, group, offset = batch_statistics(x, valid, process_group)
     count = samples_per_channel(x) if valid is None and process_group is None else group.count
     mean, var = group.mean + offset, unbiased_variance(group)

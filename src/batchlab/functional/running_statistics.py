@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import Final
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from batchlab.reference.batch_norm import average
 
-__all__ = ["NONFINITE", "check_nonfinite", "update_in_place"]
+__all__ = ["NONFINITE", "check_finite", "check_momentum", "check_nonfinite", "move_in_place", "update_in_place"]
 
 NONFINITE: Final = ("propagate", "skip", "raise")
 
@@ -21,7 +22,8 @@ def check_nonfinite(nonfinite: str) -> None:
         raise ValueError(f"nonfinite is {nonfinite!r}; allowed are {', '.join(map(repr, NONFINITE))}")
 
 
-def _refuse_nonfinite(finite: Tensor) -> None:
+def check_finite(finite: Tensor) -> None:
+    """Raise ValueError, naming channels, unless `finite`, (C,), is all True; reads it on the host."""
     bad = (~finite).nonzero().flatten().tolist()
     if bad:
         shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
@@ -42,7 +44,18 @@ def update_in_place(
     num_batches_tracked: Tensor | None,
     nonfinite: str,
 ) -> None:
-    """Move the running statistics towards a batch's mean and unbiased variance.
+    """Move the running statistics towards a batch's mean and unbiased variance; see `move_in_place`."""
+    move_in_place([(running_mean, mean), (running_var, var)], count, momentum, num_batches_tracked, nonfinite)
+
+
+def move_in_place(
+    statistics: list[tuple[Tensor, Tensor]],
+    count: int | Tensor,
+    momentum: float | None,
+    num_batches_tracked: Tensor | None,
+    nonfinite: str,
+) -> None:
+    """Move running statistics, the first of each pair, towards those of a batch, the second.
 
     running = (1 - momentum) · running + momentum · batch;  momentum None: 1/num_batches_tracked, the plain average
 
@@ -57,9 +70,9 @@ def update_in_place(
     usable = count > 1  # a bool, or a tensor where the count is known on the device only
     accepted: Tensor | bool = usable
     if nonfinite != "propagate":
-        finite = mean.isfinite() & var.isfinite()
+        finite = reduce(torch.logical_and, [new.isfinite() for _, new in statistics])
         if nonfinite == "raise":
-            _refuse_nonfinite(finite | ~usable if isinstance(usable, Tensor) else finite)
+            check_finite(finite | ~usable if isinstance(usable, Tensor) else finite)
         else:
             accepted = finite & usable if isinstance(usable, Tensor) else finite
     if num_batches_tracked is not None:
@@ -70,8 +83,8 @@ def update_in_place(
     else:
         if num_batches_tracked is None:
             raise ValueError("momentum=None averages over all batches and needs num_batches_tracked, an integer tensor")
-        weight = 1 / num_batches_tracked.clamp(min=1).to(running_mean.dtype)
-    for running, new in ((running_mean, mean), (running_var, var)):
+        weight = 1 / num_batches_tracked.clamp(min=1).to(statistics[0][0].dtype)
+    for running, new in statistics:
         if accepted is True and isinstance(weight, float):
             running.lerp_(new.to(running.dtype), weight)  # `average` in one pass
             continue

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +11,12 @@ from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
 from batchlab import functional
 from batchlab.functional.activation import check_activation
 from batchlab.functional.running_statistics import check_momentum, check_nonfinite
-from batchlab.reference.batch_norm import statistics_dtype
+from batchlab.nn.running_statistics import RunningStatistics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
-
-STATISTICS: Final = ("auto", "batch", "running")
 
 
 class _GroupReference:
@@ -38,16 +35,14 @@ class _GroupReference:
         )
 
 
-class _BatchNorm(_TorchBatchNorm):
+class _BatchNorm(RunningStatistics, _TorchBatchNorm):
     """What the three layers share; the arguments are explained at `BatchNorm1d`."""
 
     # Class-level defaults let layers load that were pickled before an option existed.
     activation: str | None = None
     nonfinite: str = "propagate"
     backend: str = "auto"
-    update_statistics: bool = True
     _group: _GroupReference | None = None
-    _statistics: str = "auto"
 
     def __init__(
         self,
@@ -75,7 +70,7 @@ class _BatchNorm(_TorchBatchNorm):
         self.nonfinite = nonfinite
         self.process_group = process_group
         self.backend = backend
-        self._widen_statistics()
+        self.widen_statistics()
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -85,39 +80,6 @@ class _BatchNorm(_TorchBatchNorm):
     @process_group.setter
     def process_group(self, group: ProcessGroup | None) -> None:
         self._group = None if group is None else _GroupReference(group)
-
-    @property
-    def statistics(self) -> str:
-        """Which statistics normalize: "batch", "running", or "auto": batch in training, running in evaluation."""
-        return self._statistics
-
-    @statistics.setter
-    def statistics(self, value: str) -> None:
-        if value not in STATISTICS:
-            raise ValueError(f"statistics is {value!r}; allowed are {', '.join(map(repr, STATISTICS))}")
-        if value == "running" and self.running_mean is None:
-            raise ValueError(
-                "statistics='running' needs running statistics, and this layer has track_running_stats=False"
-            )
-        self._statistics = value
-
-    def _widen_statistics(self) -> None:
-        """Keep the running statistics float32 or wider; in half precision small updates would be rounded away."""
-        for name in ("running_mean", "running_var"):
-            buffer = getattr(self, name)
-            if buffer is not None and buffer.is_floating_point():
-                setattr(self, name, buffer.to(statistics_dtype(buffer.dtype)))
-
-    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
-        # .half() and .bfloat16() cast every buffer. Widening afterwards would bring back rounded values, so the
-        # originals are kept and only moved to where the cast ones went.
-        before = (self.running_mean, self.running_var)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in zip(("running_mean", "running_var"), before, strict=True):
-            new = getattr(self, name)
-            if old is not None and new.dtype != statistics_dtype(new.dtype):
-                setattr(self, name, old.to(device=new.device, dtype=statistics_dtype(old.dtype)))
-        return self
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Normalize, add the residual, activate.
@@ -153,8 +115,7 @@ class _BatchNorm(_TorchBatchNorm):
             residual: see `forward`.
             mask: see `forward`.
         """
-        use_batch = self._statistics == "batch" or mean is None or (self._statistics == "auto" and self.training)
-        update = mean is not None and self.training and self.track_running_stats and self.update_statistics
+        use_batch, update = self.switches(mean)
         keep_out = use_batch and not update
         batches = self.num_batches_tracked if update else None
         y = functional.batch_norm(
@@ -193,10 +154,9 @@ class _BatchNorm(_TorchBatchNorm):
             "activation": (self.activation, None),
             "nonfinite": (self.nonfinite, "propagate"),
             "backend": (self.backend, "auto"),
-            "statistics": (self.statistics, "auto"),
-            "update_statistics": (self.update_statistics, True),
         }
         changed = [f"{name}={value!r}" for name, (value, default) in options.items() if value != default]
+        changed += self.changed_switches()
         if self.process_group is not None:
             changed.append(f"process_group={self.process_group.size()} ranks")
         return ", ".join([super().extra_repr(), *changed])  # type: ignore[no-untyped-call]

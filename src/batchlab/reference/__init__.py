@@ -1,5 +1,25 @@
 """What is computed: each mechanism in plain PyTorch, formula first, differentiable to any order."""
 
-from batchlab.reference import batch_norm, batchwise_dropout, initialization, variance_shift
+from batchlab.reference import (
+    batch_norm,
+    batch_renorm,
+    batchwise_dropout,
+    ghost_batch_norm,
+    initialization,
+    mean_only_batch_norm,
+    noisy_batch_norm,
+    variance_only_batch_norm,
+    variance_shift,
+)
 
-__all__ = ["batch_norm", "batchwise_dropout", "initialization", "variance_shift"]
+__all__ = [
+    "batch_norm",
+    "batch_renorm",
+    "batchwise_dropout",
+    "ghost_batch_norm",
+    "initialization",
+    "mean_only_batch_norm",
+    "noisy_batch_norm",
+    "variance_only_batch_norm",
+    "variance_shift",
+]
