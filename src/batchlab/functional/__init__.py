@@ -5,6 +5,7 @@ from batchlab.functional.dropout_pattern import draw_pattern
 from batchlab.functional.submatrix import submatrix, submatrix_conv
 from batchlab.functional.submatrix_gradient import SubmatrixGradient
 from batchlab.functional.submatrix_linear import submatrix_linear
+from batchlab.functional.whitening import update_whitening_statistics, whiten, whitening_matrix
 
 __all__ = [
     "SubmatrixGradient",
@@ -14,4 +15,7 @@ __all__ = [
     "submatrix_conv",
     "submatrix_linear",
     "update_running_statistics",
+    "update_whitening_statistics",
+    "whiten",
+    "whitening_matrix",
 ]
