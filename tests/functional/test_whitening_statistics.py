@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from batchlab.functional import update_whitening_statistics, whiten, whitening_matrix
+from batchlab.reference.whitening import zca as reference_zca
 from tests.whitening_by_hand import correlated, samples_of, whitened
 
 METHODS = ("zca", "cholesky", "newton")
@@ -82,6 +83,25 @@ def test_averaged_covariances_survive_batches_smaller_than_the_group_and_average
     test = torch.randn(1000, 32)
     assert 0.8 < whiten(test, mean, sigma).var().item() < 1.3
     assert (test.double() @ matrices.mT).var().item() > 1e3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_running_statistics_that_a_bad_batch_spoiled_show(method: str) -> None:
+    mean, sigma = fresh(4, 2)
+    sigma[0, 1, 1] = float("nan")
+    y = whiten(correlated(5, 4), mean, sigma, method=method, group_size=2)
+    assert y[:, :2].isnan().all()
+    assert y[:, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("matrix", [whitening_matrix, reference_zca], ids=["functional", "reference"])
+def test_zca_of_a_covariance_that_lost_digits(matrix: Any) -> None:
+    # Singular, and rounded to float32 in a file: an eigenvalue of -4e-5, further below 0 than eps is above.
+    values = torch.tensor([1e3, -4e-5, 2.0], dtype=torch.float64)
+    vectors, _ = torch.linalg.qr(correlated(3, 3))
+    found = matrix((vectors * values @ vectors.mT)[None], 1e-5)[0]
+    assert found.isfinite().all()
+    assert torch.linalg.eigvalsh(found).max().item() == pytest.approx(1e-5**-0.5, rel=1e-4)
 
 
 def test_empty_batches_pass_and_count_nothing() -> None:
