@@ -141,7 +141,7 @@ def whiten(
     Gradients flow through μ, Σ and W, are finite for any batch, and are right at any order.
 
     Directions in which the batch does not vary (fewer samples than channels, constant or repeated channels) come out
-    as 0, up to rounding, with gradients of size 1/√eps at most. Rounding of a float32 input is of size 6e-8 √(λ/λ'),
+    as 0, up to rounding, with gradients of order 1/√eps at most. Rounding of a float32 input is of size 6e-8 √(λ/λ'),
     λ and λ' the largest and the smallest eigenvalue of Σ + eps I; up to 4 · group_size samples are whitened in float64.
 
     Shapes:
