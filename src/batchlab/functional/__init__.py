@@ -11,6 +11,7 @@ from batchlab.functional.submatrix import submatrix, submatrix_conv
 from batchlab.functional.submatrix_gradient import SubmatrixGradient
 from batchlab.functional.submatrix_linear import submatrix_linear
 from batchlab.functional.variance_only_batch_norm import variance_only_batch_norm
+from batchlab.functional.whitening import update_whitening_statistics, whiten, whitening_matrix
 
 __all__ = [
     "SubmatrixGradient",
@@ -27,5 +28,8 @@ __all__ = [
     "submatrix_linear",
     "uniform_dropout",
     "update_running_statistics",
+    "update_whitening_statistics",
     "variance_only_batch_norm",
+    "whiten",
+    "whitening_matrix",
 ]

@@ -16,6 +16,7 @@ from batchlab.nn.variance_only_batch_norm import (
     VarianceOnlyBatchNorm2d,
     VarianceOnlyBatchNorm3d,
 )
+from batchlab.nn.whitening import Whitening1d, Whitening2d, Whitening3d
 
 __all__ = [
     "BatchNorm1d",
@@ -45,5 +46,8 @@ __all__ = [
     "VarianceOnlyBatchNorm1d",
     "VarianceOnlyBatchNorm2d",
     "VarianceOnlyBatchNorm3d",
+    "Whitening1d",
+    "Whitening2d",
+    "Whitening3d",
     "init",
 ]

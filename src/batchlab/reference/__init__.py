@@ -10,6 +10,7 @@ from batchlab.reference import (
     noisy_batch_norm,
     variance_only_batch_norm,
     variance_shift,
+    whitening,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "noisy_batch_norm",
     "variance_only_batch_norm",
     "variance_shift",
+    "whitening",
 ]
