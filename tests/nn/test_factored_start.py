@@ -60,8 +60,8 @@ def test_equals_the_papers_formula() -> None:
         t = [float(row @ direction) / float(direction.norm()) for row in x]
         mean = sum(t) / len(t)
         std = (sum((value - mean) ** 2 for value in t) / len(t)) ** 0.5
-        assert float(layer.g[unit, 0]) == pytest.approx(1 / std)
-        assert float(layer.bias[unit]) == pytest.approx(-mean / std)
+        assert layer.g[unit, 0].item() == pytest.approx(1 / std)
+        assert layer.bias[unit].item() == pytest.approx(-mean / std)
 
 
 def test_without_a_bias_the_mean_stays() -> None:

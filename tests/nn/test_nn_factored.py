@@ -135,6 +135,18 @@ def test_state_dicts_of_stock_layers(name: str, factorization: str) -> None:
 
 
 @pytest.mark.parametrize("factorization", FACTORIZATIONS)
+def test_a_checkpoint_in_half_precision_loses_nothing_more(factorization: str) -> None:
+    half = make("Conv2d", factorization).bfloat16().merged()
+    layer = make("Conv2d", factorization)
+    layer.load_state_dict(half.state_dict(), strict=True)
+    assert layer.g.dtype == torch.float32
+    expected = half.weight.detach().float()
+    if factorization in CENTERED:  # the rounding of a mean that was zero
+        expected = expected - expected.mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("factorization", FACTORIZATIONS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_from_a_stock_layer_and_back(name: str, factorization: str) -> None:
     plain = stock(name, dtype=torch.float64).eval()

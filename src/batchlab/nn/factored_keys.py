@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import torch
+from torch import Tensor
 
 from batchlab.functional.factored import factor_weight
 
@@ -27,10 +27,16 @@ FOREIGN_KEYS: Final[dict[str, tuple[dict[str, str], ...]]] = {
 """Keys of torch.nn.utils.parametrizations, then those of the older torch.nn.utils.weight_norm and spectral_norm."""
 
 
-def with_own_keys(
-    state_dict: dict[str, Any], prefix: str, factorization: str, eps: float, gain_shape: torch.Size
-) -> str | None:
-    """Rename the keys of one layer in place; a plain layer's weight is factored. Returns what is wrong, or None."""
+def with_own_keys(state_dict: dict[str, Any], prefix: str, factorization: str, eps: float, gain: Tensor) -> str | None:
+    """Rename the keys of one layer in place; a plain layer's weight is factored. Returns what is wrong, or None.
+
+    Args:
+        state_dict: changed in place.
+        prefix: of the layer's keys.
+        factorization: of the layer.
+        eps: of the layer.
+        gain: the layer's, for its shape and dtype.
+    """
     if f"{prefix}v" in state_dict:
         return None
     for keys in FOREIGN_KEYS.get(factorization, ()):
@@ -38,13 +44,15 @@ def with_own_keys(
             for key, own in keys.items():
                 state_dict[prefix + own] = state_dict.pop(prefix + key)
             if factorization == "spectral_norm":  # torch's has no gain
-                state_dict[f"{prefix}g"] = state_dict[f"{prefix}v"].new_ones(gain_shape)
+                state_dict[f"{prefix}g"] = state_dict[f"{prefix}v"].new_ones(gain.shape)
             return None
     weight = state_dict.get(f"{prefix}weight")
     if weight is None:
         return None
     try:
         factors = factor_weight(weight.detach(), factorization, eps)
+        if weight.dtype != gain.dtype:  # a mean is judged in the precision that it was stored in, a gain is not
+            factors = factor_weight(weight.detach().to(gain.dtype), factorization, eps, project=True)
     except (TypeError, ValueError) as error:
         return f"{prefix}weight cannot be factored: {error}"
     del state_dict[f"{prefix}weight"]

@@ -253,7 +253,7 @@ class FactoredLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        wrong = with_own_keys(state_dict, prefix, self.factorization, self.eps, self.g.shape)
+        wrong = with_own_keys(state_dict, prefix, self.factorization, self.eps, self.g)
         if wrong is not None:
             error_msgs.append(wrong)
         super()._load_from_state_dict(

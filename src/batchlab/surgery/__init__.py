@@ -1,11 +1,14 @@
-"""Model in, changed model out: insert, recalibrate and fold batch normalization, make dropout batchwise."""
+"""Model in, changed model out: insert, recalibrate and fold batch norm, make dropout batchwise, factor weights."""
 
 from batchlab.surgery.channel_pad import ChannelPad
 from batchlab.surgery.fold import fold
 from batchlab.surgery.fold_report import FoldEntry, FoldReport, FoldResult
+from batchlab.surgery.initialize_from_data import initialize_from_data
 from batchlab.surgery.insert_batch_norm import insert_batch_norm
+from batchlab.surgery.merge_factored import merge_factored
 from batchlab.surgery.recalibrate import recalibrate
 from batchlab.surgery.to_batchwise_dropout import to_batchwise_dropout
+from batchlab.surgery.to_factored import to_factored
 
 __all__ = [
     "ChannelPad",
@@ -13,7 +16,10 @@ __all__ = [
     "FoldReport",
     "FoldResult",
     "fold",
+    "initialize_from_data",
     "insert_batch_norm",
+    "merge_factored",
     "recalibrate",
     "to_batchwise_dropout",
+    "to_factored",
 ]
