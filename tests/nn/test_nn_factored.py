@@ -177,6 +177,17 @@ def test_from_a_stock_layer_and_back(name: str, factorization: str) -> None:
     assert same(plain.state_dict(), before.state_dict())
 
 
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [0, 0, 1, 1], [2, 2, 2, 2]])
+def test_training_does_not_move_the_singular_vectors_of_equal_singular_values(rows: list[int]) -> None:
+    plain = nn.Linear(4, 4)
+    with torch.no_grad():
+        plain.weight.copy_(3 * torch.eye(4)[rows])  # all, two or one of them the largest
+    layer, x = ours.FactoredLinear.from_module(plain, "spectral_norm"), batch("Linear")[:, :4]
+    for _ in range(5):
+        torch.testing.assert_close(layer(x), plain(x))
+    torch.testing.assert_close(layer.g.flatten(), torch.linalg.matrix_norm(plain.weight, 2).view(1))
+
+
 def test_a_mean_is_dropped_only_when_asked() -> None:
     plain = nn.Linear(5, 3)
     layer = ours.FactoredLinear.from_module(plain, "centered_weight_norm", project=True)
