@@ -5,6 +5,7 @@ from batchlab.functional.batch_renorm import batch_renorm
 from batchlab.functional.drop_path import drop_path
 from batchlab.functional.dropout import dropout, gaussian_dropout, uniform_dropout
 from batchlab.functional.dropout_pattern import draw_pattern
+from batchlab.functional.factored import factor_weight, factored_weight
 from batchlab.functional.ghost_batch_norm import ghost_batch_norm
 from batchlab.functional.mean_only_batch_norm import mean_only_batch_norm
 from batchlab.functional.submatrix import submatrix, submatrix_conv
@@ -20,6 +21,8 @@ __all__ = [
     "draw_pattern",
     "drop_path",
     "dropout",
+    "factor_weight",
+    "factored_weight",
     "gaussian_dropout",
     "ghost_batch_norm",
     "mean_only_batch_norm",

@@ -6,6 +6,7 @@ from batchlab.nn.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from batchlab.nn.batchwise_dropout import BatchwiseDropout
 from batchlab.nn.drop_path import DropPath
 from batchlab.nn.dropout import Dropout, GaussianDropout, UniformDropout
+from batchlab.nn.factored import FactoredConv1d, FactoredConv2d, FactoredConv3d, FactoredLinear
 from batchlab.nn.ghost_batch_norm import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from batchlab.nn.mean_only_batch_norm import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
 from batchlab.nn.noisy_batch_norm import NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d
@@ -28,6 +29,10 @@ __all__ = [
     "BatchwiseDropout",
     "DropPath",
     "Dropout",
+    "FactoredConv1d",
+    "FactoredConv2d",
+    "FactoredConv3d",
+    "FactoredLinear",
     "GaussianDropout",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",

@@ -5,10 +5,13 @@ from batchlab.surgery.fold import fold
 from batchlab.surgery.fold_report import FoldEntry, FoldReport, FoldResult
 from batchlab.surgery.initialization import initialize
 from batchlab.surgery.initialization_report import InitializationEntry, InitializationReport, InitializationResult
+from batchlab.surgery.initialize_from_data import initialize_from_data
 from batchlab.surgery.insert_batch_norm import insert_batch_norm
+from batchlab.surgery.merge_factored import merge_factored
 from batchlab.surgery.parameter_groups import parameter_groups
 from batchlab.surgery.recalibrate import recalibrate
 from batchlab.surgery.to_batchwise_dropout import to_batchwise_dropout
+from batchlab.surgery.to_factored import to_factored
 
 __all__ = [
     "ChannelPad",
@@ -20,8 +23,11 @@ __all__ = [
     "InitializationResult",
     "fold",
     "initialize",
+    "initialize_from_data",
     "insert_batch_norm",
+    "merge_factored",
     "parameter_groups",
     "recalibrate",
     "to_batchwise_dropout",
+    "to_factored",
 ]

@@ -14,7 +14,7 @@ from batchlab.surgery.copies import preserved_random_state
 from batchlab.surgery.layers import Norm
 from batchlab.surgery.population import Population, add_batch, empty_population
 
-__all__ = ["gather", "left_as_it_was"]
+__all__ = ["eager", "gather", "left_as_it_was"]
 
 
 class _Buffers:
@@ -89,7 +89,7 @@ def _look_at(layer: Norm, populations: dict[Norm, Population]) -> Any:
     return layer.register_forward_pre_hook(look, with_kwargs=True)
 
 
-def _eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+def eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """What `model.compile()` compiled may not see hooks that came later, and is not to be compiled again for them."""
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
@@ -108,7 +108,7 @@ def gather(
     """
     populations: dict[Norm, Population] = {}
     count = 0
-    with left_as_it_was(model), _eager(model):
+    with left_as_it_was(model), eager(model):
         # The attribute, not .eval() and .train(): models override those to do more than set a mode.
         using_batch = set(layers)
         for module in model.modules():
