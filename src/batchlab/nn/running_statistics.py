@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, Final, Self
 
+import torch
 from torch import Tensor, nn
 
 from batchlab.reference.batch_norm import statistics_dtype
@@ -18,7 +19,7 @@ class RunningStatistics(nn.Module):
     """What layers with running statistics share, in front of torch's class or alone.
 
     `statistics` says which statistics normalize, `update_statistics` whether training moves the running ones; `train()`
-    and `eval()` touch neither. The buffers named in `statistics_buffers` are never narrower than float32.
+    and `eval()` touch neither. The buffers named in `statistics_buffers` are never narrower than `statistics_dtype`.
     """
 
     statistics_buffers: ClassVar[tuple[str, ...]] = ("running_mean", "running_var")
@@ -52,12 +53,16 @@ class RunningStatistics(nn.Module):
         switches = {"statistics": (self.statistics, "auto"), "update_statistics": (self.update_statistics, True)}
         return [f"{name}={value!r}" for name, (value, default) in switches.items() if value != default]
 
+    def statistics_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:  # noqa: ARG002 - subclasses look at it
+        """What a buffer of statistics has where parameters have `dtype`: float32 or wider."""
+        return statistics_dtype(dtype)
+
     def widen_statistics(self) -> None:
         """Keep the running statistics float32 or wider; in half precision small updates would be rounded away."""
         for name in self.statistics_buffers:
             buffer = getattr(self, name, None)  # a subclass may not have registered its own yet
             if buffer is not None and buffer.is_floating_point():
-                setattr(self, name, buffer.to(statistics_dtype(buffer.dtype)))
+                setattr(self, name, buffer.to(self.statistics_dtype(name, buffer.dtype)))
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
         # .half() and .bfloat16() cast every buffer. Widening afterwards would bring back rounded values, so the
@@ -65,7 +70,10 @@ class RunningStatistics(nn.Module):
         before = [getattr(self, name) for name in self.statistics_buffers]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in zip(self.statistics_buffers, before, strict=True):
+            if old is None:
+                continue
             new = getattr(self, name)
-            if old is not None and new.dtype != statistics_dtype(new.dtype):
-                setattr(self, name, old.to(device=new.device, dtype=statistics_dtype(old.dtype)))
+            wide = self.statistics_dtype(name, new.dtype)
+            if new.dtype != wide:
+                setattr(self, name, old.to(device=new.device, dtype=torch.promote_types(old.dtype, wide)))
         return self

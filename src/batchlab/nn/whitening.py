@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Final, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +10,17 @@ from torch import Tensor, nn
 from batchlab import functional
 from batchlab.functional.running_statistics import check_momentum
 from batchlab.functional.whitening_arguments import check_group_size, check_whitening
-from batchlab.nn.batch_norm import STATISTICS
+from batchlab.nn.running_statistics import RunningStatistics
 from batchlab.reference.batch_norm import statistics_dtype
 
 __all__ = ["Whitening1d", "Whitening2d", "Whitening3d"]
 
-RUNNING: Final = ("running_mean", "running_covariance")
 
-
-class _Whitening(nn.Module):
+class _Whitening(RunningStatistics):
     """What the three layers share; the arguments are explained at `Whitening1d`."""
 
     dimensions: ClassVar[tuple[int, ...]]
+    statistics_buffers = ("running_mean", "running_covariance")
 
     running_mean: Tensor | None
     running_covariance: Tensor | None
@@ -62,8 +60,6 @@ class _Whitening(nn.Module):
         self.group_size = size
         self.iterations = iterations
         self.coloring = coloring
-        self.update_statistics = True
-        self._statistics = "auto"
         matrices = (num_features // size, size, size)
         parameter_dtype = torch.get_default_dtype() if dtype is None else dtype
         for name, shape in (("weight", matrices if coloring else (num_features,)), ("bias", (num_features,))):
@@ -75,24 +71,9 @@ class _Whitening(nn.Module):
             self.register_buffer("running_covariance", torch.empty(matrices, device=device, dtype=torch.float64))
             self.register_buffer("num_batches_tracked", torch.empty((), device=device, dtype=torch.long))
         else:
-            for name in (*RUNNING, "num_batches_tracked"):
+            for name in (*self.statistics_buffers, "num_batches_tracked"):
                 self.register_buffer(name, None)
         self.reset_parameters()
-
-    @property
-    def statistics(self) -> str:
-        """Which statistics whiten: "batch", "running", or "auto": batch in training, running in evaluation."""
-        return self._statistics
-
-    @statistics.setter
-    def statistics(self, value: str) -> None:
-        if value not in STATISTICS:
-            raise ValueError(f"statistics is {value!r}; allowed are {', '.join(map(repr, STATISTICS))}")
-        if value == "running" and self.running_mean is None:
-            raise ValueError(
-                "statistics='running' needs running statistics, and this layer has track_running_stats=False"
-            )
-        self._statistics = value
 
     def reset_running_stats(self) -> None:
         """Put the running mean to 0, the running covariance to the identity and the counter to 0."""
@@ -114,17 +95,9 @@ class _Whitening(nn.Module):
                 self.weight.fill_(1)
             self.bias.zero_()
 
-    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
-        # .half() and .float() cast every buffer; the statistics are only moved, and the covariance stays float64.
-        before = {name: getattr(self, name) for name in RUNNING}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            if old is not None:
-                new = getattr(self, name)
-                wide = torch.float64 if name == "running_covariance" else statistics_dtype(new.dtype)
-                if new.dtype != wide:
-                    setattr(self, name, old.to(device=new.device, dtype=torch.promote_types(old.dtype, wide)))
-        return self
+    def statistics_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """What a buffer has where parameters have `dtype`: the covariance float64, the mean float32 or wider."""
+        return torch.float64 if name == "running_covariance" else statistics_dtype(dtype)
 
     def _check_input(self, x: Tensor) -> None:
         if x.ndim not in self.dimensions:
@@ -139,8 +112,7 @@ class _Whitening(nn.Module):
         """Whiten, then scale or color, and shift."""
         self._check_input(x)
         mean, sigma = self.running_mean, self.running_covariance
-        use_batch = self._statistics == "batch" or mean is None or (self._statistics == "auto" and self.training)
-        update = mean is not None and self.training and self.track_running_stats and self.update_statistics
+        use_batch, update = self.switches(mean)
         keep_out = use_batch and not update
         y = functional.whiten(
             x,
@@ -178,11 +150,9 @@ class _Whitening(nn.Module):
         options = {
             "group_size": (self.group_size, self.num_features),
             "coloring": (self.coloring, False),
-            "statistics": (self.statistics, "auto"),
-            "update_statistics": (self.update_statistics, True),
         }
         words += [f"{name}={value!r}" for name, (value, default) in options.items() if value != default]
-        return ", ".join(words)
+        return ", ".join([*words, *self.changed_switches()])
 
 
 class Whitening1d(_Whitening):
