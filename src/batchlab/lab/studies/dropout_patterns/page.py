@@ -6,7 +6,7 @@ from batchlab.lab.comparison import Estimate, estimate
 from batchlab.lab.figures import Line, line_figure, rate_search
 from batchlab.lab.report import FigureBlock, Page, Section, Table
 from batchlab.lab.studies.comparison_study import Finished
-from batchlab.lab.studies.dropout_patterns.settings import DropoutPatternsSettings, label
+from batchlab.lab.studies.dropout_patterns.settings import DropoutPatternsSettings, label, legend
 from batchlab.lab.studies.dropout_patterns.summary import Summary
 from batchlab.lab.studies.sections import DROPOUT_PAPER, footer, method_section, rate_section
 from batchlab.lab.studies.sentences import difference, percent, points
@@ -17,18 +17,31 @@ __all__ = ["answer", "build_page", "error_table", "figures", "verdict_table"]
 def answer(settings: DropoutPatternsSettings, summary: Summary) -> list[str]:
     """The sentences that open the report."""
     few = min(settings.patterns)
-    worst = summary.errors[f"patterns{few}"]
+    worst = _worst(settings, summary)
     if summary.enough is None:
         most = max(settings.patterns)
         end = f"even {most:,} patterns differ clearly from a new one each batch."
     else:
         end = f"from {summary.enough:,} patterns on there is no clear difference to a new one each batch."
+    between = "" if worst == few else f", with {_count(worst)}, the worst number, {_error(summary, worst)}"
     return [
         f"With an exact number of kept units {percent(summary.errors['exact'])} of the test images are recognized "
         f"wrongly, with units kept independently {percent(summary.errors['bernoulli'])}: "
         f"{difference(summary.more_than_exact['bernoulli'])}.",
-        f"With {few:,} {'pattern' if few == 1 else 'patterns'} for the whole training it is {percent(worst)}; {end}",
+        f"With {_count(few)} for the whole training it is {_error(summary, few)}{between}; {end}",
     ]
+
+
+def _worst(settings: DropoutPatternsSettings, summary: Summary) -> int:
+    return max(settings.patterns, key=lambda number: summary.errors[f"patterns{number}"].mean)
+
+
+def _count(number: int) -> str:
+    return f"{number:,} {'pattern' if number == 1 else 'patterns'}"
+
+
+def _error(summary: Summary, number: int) -> str:
+    return percent(summary.errors[f"patterns{number}"])
 
 
 def error_table(summary: Summary, caption: str) -> Table:
@@ -45,13 +58,14 @@ def error_table(summary: Summary, caption: str) -> Table:
 
 def verdict_table(settings: DropoutPatternsSettings, summary: Summary, caption: str) -> Table:
     """The paper's statements, as far as they are known, and what was found."""
-    few = min(settings.patterns)
+    numbers = dict.fromkeys([min(settings.patterns), _worst(settings, summary)])
+    found = ", ".join(f"{_error(summary, number)} with {_count(number)}" for number in numbers)
     enough = "more than were tried" if summary.enough is None else f"{summary.enough:,}"
     rows = [
         ["a fixed number of units, or each for itself: both work", difference(summary.more_than_exact["bernoulli"])],
         [
             "few different patterns hurt; one is a single, smaller network",
-            f"{percent(summary.errors[f'patterns{few}'])} with {few:,}, against {percent(summary.errors['exact'])}",
+            f"{found}, against {percent(summary.errors['exact'])}",
         ],
         ["(no number in the paper) patterns that are enough here", enough],
     ]
@@ -69,11 +83,11 @@ def figures(finished: Finished, summary: Summary) -> dict[str, str]:
         return Line(ends, [value.mean] * 2, [value.low] * 2, [value.high] * 2, dashed=True)
 
     lines = {
-        "this many patterns, in turn": Line(
+        "so many, in turn": Line(
             numbers, [e.mean for e in limited], [max(e.low, 1e-4) for e in limited], [e.high for e in limited]
         ),
-        "a new one each batch": level(summary.errors["exact"]),
-        "a new one each batch, Bernoulli": level(summary.errors["bernoulli"]),
+        legend("exact"): level(summary.errors["exact"]),
+        legend("bernoulli"): level(summary.errors["bernoulli"]),
     }
     lowest = min(value.mean for value in summary.errors.values())
     highest = max(value.mean for value in summary.errors.values())
@@ -95,12 +109,13 @@ def figures(finished: Finished, summary: Summary) -> dict[str, str]:
     epoch = finished.training_images / settings.batch_size
     shown = ["exact", "bernoulli", *(f"patterns{n}" for n in (numbers[0], numbers[len(numbers) // 2]))]
     curves = {}
+    most = min(1.0, 4 * highest)
     for name in dict.fromkeys(shown):
         runs = [r for r in finished.runs(name) if not r.diverged]
         if runs:
             steps = runs[0].curve[0]
             means = [estimate([1 - r.metrics[i]["accuracy"] for r in runs]).mean for i in range(len(steps))]
-            curves[label(name)] = Line([step / epoch for step in steps[1:]], means[1:])
+            curves[legend(name)] = Line([step / epoch for step in steps[1:]], means[1:])
     drawn["test-error"] = line_figure(
         "test-error",
         curves,
@@ -108,13 +123,14 @@ def figures(finished: Finished, summary: Summary) -> dict[str, str]:
         y_label="test error",
         log_y=True,
         percent=True,
-        ticks=(0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5),
+        limits=(0.8 * lowest, most),
+        ticks=[t for t in (0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5) if 0.8 * lowest <= t <= most],
         description="Test error against epochs for few and many patterns",
     )
     drawn["rate-search"] = rate_search(
         "rate-search",
-        {label(arm): summary.scores[arm] for arm in dict.fromkeys(shown)},
-        {label(arm): summary.chosen[arm] for arm in dict.fromkeys(shown)},
+        {legend(arm): summary.scores[arm] for arm in dict.fromkeys(shown)},
+        {legend(arm): summary.chosen[arm] for arm in dict.fromkeys(shown)},
         description="Validation accuracy against learning rate for some arms, the chosen rate ringed",
     )
     return drawn

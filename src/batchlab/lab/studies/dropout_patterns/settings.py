@@ -8,7 +8,7 @@ from typing import Final
 from batchlab.lab.settings import DropoutSettings, SettingsError
 from batchlab.lab.studies.settings import ComparisonSettings
 
-__all__ = ["SIZES", "DropoutPatternsSettings", "dropouts", "label"]
+__all__ = ["SIZES", "DropoutPatternsSettings", "dropouts", "label", "legend"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,12 @@ def dropouts(settings: DropoutPatternsSettings) -> dict[str, DropoutSettings]:
     found = {"exact": DropoutSettings("batchwise", *share), "bernoulli": DropoutSettings("batchwise_bernoulli", *share)}
     limited = {f"patterns{n}": DropoutSettings("batchwise", *share, patterns=n) for n in sorted(settings.patterns)}
     return found | limited
+
+
+def legend(name: str) -> str:
+    """An arm in a few words, for figures."""
+    named = {"exact": "new each batch, exact", "bernoulli": "new each batch, Bernoulli"}
+    return named.get(name) or label(name).removesuffix(", exact count")
 
 
 def label(name: str) -> str:
