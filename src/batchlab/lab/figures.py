@@ -19,7 +19,7 @@ from batchlab.lab.comparison import Curve
 
 __all__ = ["COLORS", "Line", "accuracy_curves", "line_figure", "percentile_bands", "rate_search", "standalone"]
 
-COLORS: Final = ("#e8710a", "#2f7de1", "#12a37a", "#b052c9")
+COLORS: Final = ("#e8710a", "#2f7de1", "#12a37a", "#b052c9", "#8a8f98", "#c2185b", "#7a5c00", "#00838f")
 # Stand-ins that no figure uses otherwise; `_to_svg` turns them into the page's own colours.
 _INK, _GRID = "#010203", "#040506"
 _STYLE: Final[dict[Any, Any]] = {
@@ -103,7 +103,7 @@ def accuracy_curves(
 
     Args:
         name: of the figure.
-        curves: label -> curve, at most four.
+        curves: label -> curve, at most eight.
         gap: (accuracy, steps of the faster, steps of the slower, text): drawn as a horizontal measure between the arms.
         floor: lowest accuracy shown.
         description: for readers who do not see the picture.
@@ -250,8 +250,7 @@ def line_figure(
         description: for readers who do not see the picture.
     """
     with _figure(name) as (figure, (axes,)):
-        colors = (*COLORS, "#8a8f98", "#c2185b", "#7a5c00", "#00838f")
-        for (label, line), color in zip(lines.items(), colors, strict=False):
+        for (label, line), color in zip(lines.items(), COLORS, strict=False):
             style = "--" if line.dashed else "-"
             mark = "o" if len(line.x) <= 12 else None
             axes.plot(line.x, line.y, color=color, label=label, linestyle=style, marker=mark, markersize=3.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import torch
@@ -10,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from batchlab.lab.settings import NetworkSettings, SettingsError
-from batchlab.nn import BatchNorm1d, BatchwiseDropout, SubmatrixSequential
+from batchlab.nn import (
+    BatchNorm1d,
+    BatchwiseDropout,
+    MeanOnlyBatchNorm1d,
+    SubmatrixSequential,
+    VarianceOnlyBatchNorm1d,
+    Whitening1d,
+)
 
 __all__ = ["ACTIVATIONS", "DROPOUTS", "MLP", "NORMALIZATIONS"]
 
@@ -25,6 +33,12 @@ ACTIVATIONS: Final[dict[str, Callable[[], nn.Module]]] = {
 NORMALIZATIONS: Final[dict[str, Callable[[int], nn.Module] | None]] = {
     "none": None,
     "batch_norm": BatchNorm1d,
+    "mean_only": MeanOnlyBatchNorm1d,
+    "variance_only": VarianceOnlyBatchNorm1d,
+    "whitening": Whitening1d,
+    "whitening_16": partial(Whitening1d, group_size=16),
+    "whitening_64": partial(Whitening1d, group_size=64),
+    "newton_64": partial(Whitening1d, group_size=64, method="newton"),
 }
 
 DROPOUTS: Final[dict[str, Callable[[float, torch.Generator | None], nn.Module] | None]] = {
@@ -46,6 +60,13 @@ def _linear(in_features: int, out_features: int, bias: bool) -> nn.Module:
     # Linear's own initialization would draw random numbers for a bias too, and arms with and without one would part.
     layer: nn.Module = skip_init(nn.Linear, in_features, out_features, bias=bias)
     return layer
+
+
+def _normalization(kind: Callable[..., nn.Module], width: int) -> nn.Module:
+    try:
+        return kind(width)
+    except ValueError as error:
+        raise SettingsError(f"network.widths has {width}, which the normalization refuses: {error}") from error
 
 
 class MLP(SubmatrixSequential):
@@ -92,7 +113,7 @@ class MLP(SubmatrixSequential):
         for number, width in enumerate(settings.widths, 1):
             self.add_module(f"linear{number}", _linear(in_features, width, bias=not normalized))
             if normalized:
-                self.add_module(f"normalization{number}", normalization(width))
+                self.add_module(f"normalization{number}", _normalization(normalization, width))
             self.add_module(f"activation{number}", activation())
             if drops and settings.dropout.hidden:
                 self.add_module(f"dropout{number}", dropout(settings.dropout.hidden, self.pattern_generator))

@@ -1,0 +1,115 @@
+"""What the records of the study whitening say, as numbers and in sentences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean
+
+from batchlab.lab.comparison import Estimate, StepsToTarget, paired_ratio
+from batchlab.lab.studies.arm_results import ArmResult, arm_results
+from batchlab.lab.studies.comparison_study import Finished
+from batchlab.lab.studies.search import Scores
+from batchlab.lab.studies.sentences import percent
+from batchlab.lab.studies.whitening.settings import ARMS, WhiteningSettings
+
+__all__ = ["Summary", "answer", "summarize", "verdicts"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All numbers of the study.
+
+    Args:
+        chosen: each arm's best rate.
+        scores: of the search.
+        results: each arm against no normalization.
+        target: the hardest accuracy that every run of "none" and of batch norm reached; None if there is none.
+        than_batch_norm: arm -> steps of batch norm divided by its own, to that target, paired by seed; only arms of
+            which every run got there.
+    """
+
+    chosen: dict[str, float]
+    scores: Scores
+    results: dict[str, ArmResult]
+    target: float | None
+    than_batch_norm: dict[str, Estimate]
+
+
+def _row(result: ArmResult, target: float) -> StepsToTarget:
+    return next(row for row in result.steps if row.target == target)
+
+
+def summarize(finished: Finished) -> Summary:
+    """Compute the summary of a finished study from its records."""
+    settings: WhiteningSettings = finished.settings
+    results = arm_results(finished, "none", settings.targets)
+    reached = [row.target or 0.0 for row in results["batch_norm"].steps if None not in (*row.baseline, *row.other)]
+    target = max(reached, default=None)
+    than: dict[str, Estimate] = {}
+    if target is not None:
+        base = [n for n in _row(results["batch_norm"], target).other if n]
+        for name, result in results.items():
+            own = [n for n in _row(result, target).other if n]
+            if name != "batch_norm" and len(own) == len(base):
+                than[name] = paired_ratio(base, own)
+    return Summary(finished.chosen, finished.scores, results, target, than)
+
+
+def _steps(result: ArmResult, target: float) -> str:
+    values = _row(result, target).other
+    got = [n for n in values if n is not None]
+    return f"{float(f'{fmean(got):.3g}'):,.0f}" if len(got) == len(values) else "not in every run"
+
+
+def _is_clear(ratio: Estimate) -> bool:
+    return ratio.low == ratio.low and not ratio.low <= 1 <= ratio.high
+
+
+def _against_batch_norm(ratio: Estimate) -> str:
+    interval = "" if ratio.low != ratio.low else f" ({ratio.low:.2f} to {ratio.high:.2f})"
+    return f"{ratio.mean:.2f}{interval}"
+
+
+def answer(settings: WhiteningSettings, summary: Summary) -> list[str]:
+    """The sentences that open the report: steps of each part; where training ends."""
+    results, target = summary.results, summary.target
+    ends = (
+        f"After {settings.steps:,} steps {percent(results['none'].accuracy)} of the test images are recognized without "
+        f"normalization, {percent(results['batch_norm'].accuracy)} with batch norm and "
+        f"{percent(results['whitening'].accuracy)} with all channels whitened."
+    )
+    if target is None:
+        targets = ", ".join(f"{100 * accuracy:g} %" for accuracy in settings.targets)
+        return [f"Of {targets} no accuracy was reached by every run without normalization and with batch norm.", ends]
+    counts = ", ".join(f"{ARMS[name]} {_steps(result, target)}" for name, result in results.items())
+    faster = [
+        f"{ARMS[name]} ({_against_batch_norm(ratio)} times fewer)"
+        for name, ratio in summary.than_batch_norm.items()
+        if _is_clear(ratio) and ratio.mean > 1
+    ]
+    verdict = f"clearly fewer than batch norm: {', '.join(faster)}" if faster else "none clearly fewer than batch norm"
+    return [
+        f"Training steps to recognize {100 * target:g} % of the test images, each at its own best rate: {counts}; "
+        f"{verdict}.",
+        ends,
+    ]
+
+
+def verdicts(summary: Summary) -> list[list[str]]:
+    """Each part against batch norm, in words: rows of a table."""
+    rows = []
+    for name in summary.results:
+        if name == "batch_norm":
+            continue
+        ratio = summary.than_batch_norm.get(name)
+        if ratio is None:
+            rows.append([ARMS[name], "did not reach it in every run"])
+            continue
+        if ratio.low != ratio.low:
+            sure = "one seed, so without an interval"
+        elif not _is_clear(ratio):
+            sure = "no clear difference"
+        else:
+            sure = "clearly faster" if ratio.mean > 1 else "clearly slower"
+        rows.append([ARMS[name], f"{_against_batch_norm(ratio)}: {sure}"])
+    return rows
