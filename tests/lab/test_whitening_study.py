@@ -77,9 +77,9 @@ def test_sentences_say_what_the_numbers_say() -> None:
     found = summary(none=Estimate(0.5, 0.4, 0.6, 2), whitening_16=clear, newton_64=unclear)
     speed, ends = answer(TINY, found)
     assert "recognize 90 % of the test images" in speed
-    assert "none 300, centering 150" in speed
-    assert "whitening, all channels not in every run" in speed
-    assert "clearly fewer than batch norm: whitening, groups of 16 (1.40 (1.20 to 1.60) times fewer)." in speed
+    assert "none: 300; centering: 150" in speed
+    assert "whitening, all channels: not in every run" in speed
+    assert "Clearly fewer than batch norm: whitening, groups of 16 (1.40 (1.20 to 1.60) times fewer)." in speed
     assert "94.00 % (93.00 to 95.00) of the test images are recognized without" in ends
     rows = dict(verdicts(found))
     assert "batch norm" not in rows
@@ -88,7 +88,7 @@ def test_sentences_say_what_the_numbers_say() -> None:
     assert rows["none"] == "0.50 (0.40 to 0.60): clearly slower"
     assert rows["whitening, all channels"] == "did not reach it in every run"
     assert answer(TINY, dataclasses.replace(found, target=None))[0].startswith("Of 15 %, 99 % no accuracy was reached")
-    assert "none clearly fewer than batch norm." in answer(TINY, summary(newton_64=unclear))[0]
+    assert "None is clearly fewer than batch norm's." in answer(TINY, summary(newton_64=unclear))[0]
 
 
 def test_tables_quote_steps_seconds_and_gains() -> None:

@@ -81,15 +81,17 @@ def answer(settings: WhiteningSettings, summary: Summary) -> list[str]:
     if target is None:
         targets = ", ".join(f"{100 * accuracy:g} %" for accuracy in settings.targets)
         return [f"Of {targets} no accuracy was reached by every run without normalization and with batch norm.", ends]
-    counts = ", ".join(f"{ARMS[name]} {_steps(result, target)}" for name, result in results.items())
+    counts = "; ".join(f"{ARMS[name]}: {_steps(result, target)}" for name, result in results.items())
     faster = [
         f"{ARMS[name]} ({_against_batch_norm(ratio)} times fewer)"
         for name, ratio in summary.than_batch_norm.items()
         if _is_clear(ratio) and ratio.mean > 1
     ]
-    verdict = f"clearly fewer than batch norm: {', '.join(faster)}" if faster else "none clearly fewer than batch norm"
+    verdict = (
+        f"Clearly fewer than batch norm: {'; '.join(faster)}" if faster else "None is clearly fewer than batch norm's"
+    )
     return [
-        f"Training steps to recognize {100 * target:g} % of the test images, each at its own best rate: {counts}; "
+        f"Training steps to recognize {100 * target:g} % of the test images, each at its own best rate. {counts}. "
         f"{verdict}.",
         ends,
     ]
