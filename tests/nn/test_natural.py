@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import batchlab.nn as ours
 from batchlab.nn import NaturalLinear
 from batchlab.reference import natural as reference
 from tests.whitening_by_hand import correlated, loop_covariance
@@ -377,12 +378,29 @@ def test_inputs_without_strides_of_their_own_and_batches_of_one() -> None:
     torch.testing.assert_close(layer(x[0, 0]), layer(x)[0, 0])
 
 
+@pytest.mark.parametrize("x", [torch.zeros(4, 1), torch.zeros(4, 6), torch.zeros(()), torch.zeros(4, 5).half()])
+def test_an_input_that_does_not_fit_is_not_collected(x: Tensor) -> None:
+    layer = make(dtype=torch.float32)
+    with pytest.raises((ValueError, RuntimeError), match=r"last dimension must be in_features=5|dtype"):
+        layer(x)
+    assert layer.collected_count == 0
+
+
 @pytest.mark.parametrize("options", [{"eps": 0.0}, {"eps": math.nan}, {"momentum": 0.0}, {"momentum": 1.5}])
 def test_options_out_of_range(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
         make(**options)
     with pytest.raises(ValueError, match="in_features is 0"):
         make(0, 3)
+
+
+def test_in_a_chain_with_batchwise_dropout_it_computes_all_features() -> None:
+    chain = ours.SubmatrixSequential(ours.BatchwiseDropout(0.4), refreshed(inputs()), nn.ReLU(), mode="submatrix")
+    x = inputs()
+    y = chain(x)
+    kept = torch.zeros(5, dtype=torch.bool).index_fill(0, chain[0].kept, True)
+    torch.testing.assert_close(y, chain[1](x * kept * 5 / 3).relu())
+    assert chain[1].collected_count == 80
 
 
 @pytest.mark.slow

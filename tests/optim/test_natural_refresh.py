@@ -149,6 +149,14 @@ def test_what_it_refuses() -> None:
         NaturalRefresh(tied, sgd)
 
 
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    model = network()
+    with pytest.raises(RuntimeError, match="there are 2 processes"):
+        NaturalRefresh(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
 def test_a_badly_conditioned_regression_is_solved_in_a_few_steps() -> None:
     # Full batches; deviations from 0.01 to 10 and a mean of 5: the Hessian's condition is above 10⁶.
     rows = torch.randn(400, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -169,7 +177,7 @@ def test_a_badly_conditioned_regression_is_solved_in_a_few_steps() -> None:
             loss = (layer(x) - target).square().mean() / 2
             loss.backward()
             optimizer.step()
-            found.append(float(loss))
+            found.append(loss.item())
         return found
 
     start = nn.Linear(6, 1, dtype=torch.float64)

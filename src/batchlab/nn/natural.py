@@ -44,7 +44,7 @@ class NaturalLinear(nn.Linear):
     * `weight` and `bias` are W and b, read-only, with gradients to V and d. Initializers of torch.nn.init are for `v`
       and `d` of a new layer; `from_module` and `merged` go from a stock layer and back.
     * A batch with an inf or NaN is not collected. `update_statistics = False` stops collecting; the collection costs
-      two products of (in, N) and (N, in) in float64, and U one of (N, in) and (in, in).
+      a product of (in, N) and (N, in) in float64, and U one of (N, in) and (in, in).
     * Where the rounding of the dtype is larger, it is added to Σ in the place of eps: 1.2e-7 of Σ's trace in float32.
       U and c are float32 or wider, what is collected is float64, also under `.half()`.
     * Checkpoints of `torch.nn.Linear` load strictly, into U = I and c = 0; `layer.merged().state_dict()` is one.
@@ -68,7 +68,7 @@ class NaturalLinear(nn.Linear):
             as much as it did. None: everything counts the same, the plain average over all batches.
 
     Raises:
-        ValueError: an option out of its range, or no input.
+        ValueError: an option out of its range, or no input; in forward, an input of another width.
 
     Source: Desjardins, Simonyan, Pascanu & Kavukcuoglu 2015, section 3 and Algorithm 1.
 
@@ -213,12 +213,17 @@ class NaturalLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """Apply the layer; in training, collect the moments of the input."""
-        if self.training and self.update_statistics and input.numel() > 0:
-            self._collect(input.detach())
+        if input.ndim == 0 or input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"input has shape {tuple(input.shape)}; its last dimension must be in_features={self.in_features}"
+            )
         # Whitened first: the result has size one in every direction, which any dtype holds, unlike V U or x.
         with full_precision(input):
             whitened = F.linear(input.to(self.whitening.dtype) - self.center, self.whitening)
-        return F.linear(whitened.to(input.dtype), self.v, self.d)
+        y = F.linear(whitened.to(input.dtype), self.v, self.d)
+        if self.training and self.update_statistics and input.numel() > 0:
+            self._collect(input.detach())
+        return y
 
     @torch.no_grad()
     def _collect(self, x: Tensor) -> None:
