@@ -146,47 +146,6 @@ def test_a_step_is_preconditioned_by_the_inverse_covariance(bias: bool) -> None:
         np.testing.assert_allclose(after.bias.detach().numpy(), new_b, rtol=1e-9, atol=1e-9)
 
 
-def test_batches_pool_exactly_whatever_their_sizes() -> None:
-    x = inputs(37, mean=1e3)
-    whole, parts = make(), make()
-    whole(x)
-    for part in x.view(37, 1, 5).split([1, 20, 2, 14]):  # and any leading dimensions
-        parts(part)
-    parts(x[:0])
-    parts.eval()(x)
-    parts.train().update_statistics = False
-    parts(x)
-    mean, sigma = loop_covariance(x.numpy())
-    for layer in (whole, parts):
-        assert layer.collected_count == 37
-        np.testing.assert_allclose(layer.collected_mean.numpy(), mean, rtol=1e-14)
-        np.testing.assert_allclose(layer.collected_m2.numpy() / 37, sigma, rtol=1e-9, atol=1e-11)
-
-
-def test_float32_inputs_with_a_large_mean_lose_nothing_in_the_collection() -> None:
-    x = inputs(50, mean=1e4).float()
-    layer = make(dtype=torch.float32)
-    layer(x)
-    _, sigma = loop_covariance(x.double().numpy())
-    np.testing.assert_allclose(layer.collected_m2.numpy() / 50, sigma, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("momentum", [1.0, 0.25, None])
-def test_momentum_is_the_weight_of_the_new_collection(momentum: float | None) -> None:
-    layer = make(momentum=momentum, eps=1e-9)
-    batches = [inputs(20, seed=seed, mean=seed) for seed in range(3)]
-    for x in batches:
-        layer(x)
-        layer.refresh()
-    kept = 1.0 if momentum is None else 1 - momentum
-    weights = np.repeat([kept**2, kept, 1.0], 20)
-    rows = torch.cat(batches).numpy()
-    np.testing.assert_allclose(layer.center.numpy(), np.average(rows, axis=0, weights=weights), rtol=1e-12)
-    sigma = np.cov(rows.T, aweights=weights, ddof=0)
-    u = layer.whitening.numpy()
-    np.testing.assert_allclose(u @ sigma @ u.T, np.eye(5), atol=1e-6)
-
-
 def awkward(kind: str) -> Tensor:
     x = inputs(30, 6, mean=0.0)
     if kind == "constant":
@@ -223,22 +182,6 @@ def test_awkward_inputs_stay_finite_and_the_same(kind: str, dtype: torch.dtype) 
     torch.testing.assert_close(after, before, rtol=tolerance, atol=tolerance * float(before.abs().max()))
     after.square().sum().backward()
     assert all(bool(t.isfinite().all()) for t in (*layer.state_dict().values(), layer.v.grad, layer.d.grad))  # type: ignore[union-attr]
-
-
-def test_what_is_not_finite_is_not_collected_and_too_little_changes_nothing() -> None:
-    layer = make()
-    bad = inputs()
-    bad[3, 1] = math.inf
-    layer(bad)
-    layer(torch.full_like(bad, math.nan))
-    assert layer.collected_count == 0
-    assert not layer.refresh()
-    layer(inputs()[:1])
-    state = copy.deepcopy(layer.state_dict())
-    assert not layer.refresh()
-    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
-    layer(inputs()[1:2])
-    assert layer.refresh()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -376,14 +319,6 @@ def test_inputs_without_strides_of_their_own_and_batches_of_one() -> None:
     torch.testing.assert_close(layer(x), layer(x.contiguous()))
     assert layer.eval()(x[:, :0]).shape == (4, 0, 3)
     torch.testing.assert_close(layer(x[0, 0]), layer(x)[0, 0])
-
-
-@pytest.mark.parametrize("x", [torch.zeros(4, 1), torch.zeros(4, 6), torch.zeros(()), torch.zeros(4, 5).half()])
-def test_an_input_that_does_not_fit_is_not_collected(x: Tensor) -> None:
-    layer = make(dtype=torch.float32)
-    with pytest.raises((ValueError, RuntimeError), match=r"last dimension must be in_features=5|dtype"):
-        layer(x)
-    assert layer.collected_count == 0
 
 
 @pytest.mark.parametrize("options", [{"eps": 0.0}, {"eps": math.nan}, {"momentum": 0.0}, {"momentum": 1.5}])
