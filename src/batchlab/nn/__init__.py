@@ -9,6 +9,7 @@ from batchlab.nn.dropout import Dropout, GaussianDropout, UniformDropout
 from batchlab.nn.factored import FactoredConv1d, FactoredConv2d, FactoredConv3d, FactoredLinear
 from batchlab.nn.ghost_batch_norm import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from batchlab.nn.mean_only_batch_norm import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
+from batchlab.nn.natural import NaturalLinear
 from batchlab.nn.noisy_batch_norm import NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d
 from batchlab.nn.population_batch_norm import PopulationBatchNorm1d, PopulationBatchNorm2d, PopulationBatchNorm3d
 from batchlab.nn.submatrix_sequential import SubmatrixSequential
@@ -40,6 +41,7 @@ __all__ = [
     "MeanOnlyBatchNorm1d",
     "MeanOnlyBatchNorm2d",
     "MeanOnlyBatchNorm3d",
+    "NaturalLinear",
     "NoisyBatchNorm1d",
     "NoisyBatchNorm2d",
     "NoisyBatchNorm3d",

@@ -1,5 +1,6 @@
-"""Optimizers that know the mechanisms, where torch's cannot."""
+"""Optimizers that know the mechanisms, where torch's cannot, and what goes beside them."""
 
+from batchlab.optim.natural import NaturalRefresh
 from batchlab.optim.submatrix_sgd import SubmatrixSGD
 
-__all__ = ["SubmatrixSGD"]
+__all__ = ["NaturalRefresh", "SubmatrixSGD"]

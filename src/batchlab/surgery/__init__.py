@@ -8,10 +8,12 @@ from batchlab.surgery.initialization_report import InitializationEntry, Initiali
 from batchlab.surgery.initialize_from_data import initialize_from_data
 from batchlab.surgery.insert_batch_norm import insert_batch_norm
 from batchlab.surgery.merge_factored import merge_factored
+from batchlab.surgery.merge_natural import merge_natural
 from batchlab.surgery.parameter_groups import parameter_groups
 from batchlab.surgery.recalibrate import recalibrate
 from batchlab.surgery.to_batchwise_dropout import to_batchwise_dropout
 from batchlab.surgery.to_factored import to_factored
+from batchlab.surgery.to_natural import to_natural
 
 __all__ = [
     "ChannelPad",
@@ -26,8 +28,10 @@ __all__ = [
     "initialize_from_data",
     "insert_batch_norm",
     "merge_factored",
+    "merge_natural",
     "parameter_groups",
     "recalibrate",
     "to_batchwise_dropout",
     "to_factored",
+    "to_natural",
 ]
