@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import operator
 from typing import Any
 
 import pytest
@@ -176,6 +177,49 @@ def test_dropouts_are_as_in_evaluation() -> None:
     torch.testing.assert_close(kappas(drop_path, (1, 6))["0.weight"], plain["0.weight"])
 
 
+def test_compiled_parts_run_as_written() -> None:
+    eager = mlp(3, 4, 2, between=nn.Dropout)
+    compiled = nn.Sequential(torch.compile(copy.deepcopy(eager[:2]), backend="eager"), copy.deepcopy(eager[2]))
+    compiled[1].compile(backend="eager")
+    for kappa, right in zip(kappas(compiled, (1, 3)).values(), kappas(eager, (1, 3)).values(), strict=True):
+        torch.testing.assert_close(kappa, right)
+
+
+class Written(nn.Module):
+    """Like a function that users write around one layer."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer(x))
+
+
+FIXED: list[tuple[str, Any, list[float]]] = [
+    ("number", lambda y: 3 * y, [9.0] * 3),
+    ("integers", lambda y: y * torch.tensor([1, 2, -3]), [1.0, 4.0, 9.0]),
+    ("negative", lambda y: torch.tensor([1, 0, 2]) - y / 2, [0.25] * 3),
+    ("alpha", lambda y: torch.sub(torch.zeros_like(y), y, alpha=3), [9.0] * 3),
+    ("in-place", lambda y: y.relu_().neg_().mul_(2), [4.0] * 3),
+    ("augmented", lambda y: operator.iadd(y.clone(), y), [2.0] * 3),
+    ("parts", lambda y: torch.stack([c + c for c in y.t()], 1), [2.0] * 3),
+    ("twice", lambda y: torch.cat([*y.split(1, 1), y], 1), [2.0] * 3),
+    ("keywords", lambda y: F.leaky_relu(input=y, negative_slope=0.2), [1.0] * 3),
+    ("zeros", lambda y: torch.cat([y, torch.zeros(y.shape[0], 2)], dim=1) + 0, [1.0] * 3),
+    ("flipped", lambda y: y.flip(1)[:, :2], [0.0, 1.0, 1.0]),
+    ("circular", lambda y: F.pad(y.unsqueeze(1), (1, 1), mode="circular"), [2.0, 1.0, 2.0]),
+]
+
+
+@pytest.mark.parametrize(("name", "function", "expected"), FIXED, ids=[case[0] for case in FIXED])
+def test_fixed_coefficients_count_squared(name: str, function: Any, expected: list[float]) -> None:
+    """κ of the layer's bias is γ_out of its units: what the function makes of them."""
+    found = kappas(Written(function), (2, 3))["layer.bias"]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+
+
 class Tied(nn.Module):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -225,6 +269,18 @@ def test_leaves_the_model_and_random_numbers_alone() -> None:
     assert [p.requires_grad for p in model.parameters()] == [False, True, True, True]
 
 
+class Doubled(torch.autograd.Function):
+    """A backward pass of its own need not fit the squares."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
 class Function(nn.Module):
     def __init__(self, function: Any) -> None:
         super().__init__()
@@ -259,6 +315,11 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("divide", Function(lambda m, x: x / m.weight[0]), "divides by a tensor"),
     ("pad", Function(lambda m, x: F.pad(x, (1, 1), value=2.0)), "pads with 2.0"),
     ("write", Function(lambda m, x: m.weight.mul_(2)), "in place"),
+    ("no-grad", Function(lambda m, x: torch.no_grad()(F.linear)(x, m.weight)), "computes linear without gradients"),
+    ("function", Function(lambda m, x: Doubled.apply(x @ m.weight)), "an autograd function of its own"),
+    ("branch", Function(lambda m, x: x if x.sum() > 0 else -x), "uses gt"),
+    ("detach", Function(lambda m, x: x @ m.weight + x.detach()), "uses detach"),
+    ("complex", nn.Linear(3, 3, dtype=torch.complex64), "complex parameters"),
     ("tuple", Function(lambda m, x: (x, x)), "the model returned tuple"),
     ("no-input", Function(lambda m, x: m.weight), "computed from its input"),
 ]

@@ -87,6 +87,8 @@ class _Squared(TorchFunctionMode):
         if rule is None:
             reason = REASONS.get(name, "it is not known to be a sum over paths")
             raise Unknown(f"uses {name}: {reason}")
+        if not torch.is_grad_enabled():
+            raise Unknown(f"computes {name} without gradients (no_grad, or an autograd function of its own)")
         values = [tensor for tensor in operands if id(tensor) in self._values]
         fixed = [tensor for tensor in operands if id(tensor) in self._coefficients]
         if len(values) + len(fixed) < len(operands):
@@ -143,12 +145,16 @@ def _where(model: nn.Module, traceback: TracebackType | None) -> str:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropouts of any kind let all paths through; `train` is not called, for layers that do more in it."""
+    """Dropouts of any kind let all paths through; `train` is not called, for layers that do more in it.
+
+    Compiled parts run as they were written: their graphs are not made of squares.
+    """
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
             module.training = False
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, training in modes:
             module.training = training
@@ -177,13 +183,15 @@ def path_sums(
     49.0
     """
     parameters = dict(model.named_parameters())
+    if any(tensor.is_complex() for tensor in (*parameters.values(), *model.buffers())):
+        raise ValueError("the path norm is not defined: the model has complex parameters; they must be real")
     squares = {name: p.detach().to(torch.float64).square() for name, p in parameters.items()}
     places = {id(p): name for name, p in parameters.items()}
     asked = [squares[places[id(p)]].requires_grad_() for p in wanted]
     buffers = {
         name: b.to(torch.float64).square() if b.is_floating_point() else b.clone() for name, b in model.named_buffers()
     }
-    device = next(iter(squares.values())).device
+    device = next((s.device for s in squares.values()), None)
     ones = [torch.ones(1, *shape[1:], dtype=torch.float64, device=device) for shape in shapes]
     mode = _Squared([*squares.values(), *buffers.values()], ones)
     with torch.inference_mode(False), torch.enable_grad():

@@ -119,8 +119,8 @@ def plain(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def square(factor: Any) -> Any:
-    """A number squared; a tensor of the pass is made of squares already."""
-    return factor if isinstance(factor, Tensor) else factor * factor
+    """A number, or integers, squared; what has fractions is made of squares already."""
+    return factor if isinstance(factor, Tensor) and factor.is_floating_point() else factor * factor
 
 
 def add(_func: Callable[..., Any], x: Any, other: Any, *, alpha: float = 1) -> Any:
