@@ -185,7 +185,7 @@ def path_sums(
     parameters = dict(model.named_parameters())
     if any(tensor.is_complex() for tensor in (*parameters.values(), *model.buffers())):
         raise ValueError("the path norm is not defined: the model has complex parameters; they must be real")
-    squares = {name: p.detach().to(torch.float64).square() for name, p in parameters.items()}
+    squares = {name: p.detach().to(torch.float64, copy=True).square_() for name, p in parameters.items()}
     places = {id(p): name for name, p in parameters.items()}
     asked = [squares[places[id(p)]].requires_grad_() for p in wanted]
     buffers = {

@@ -134,13 +134,15 @@ class PathSGD(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None or parameter.numel() == 0:
                     continue
-                update = _scaled(parameter.grad, kappas[parameter], eps)
-                if momentum:
-                    state = self.state[parameter]
-                    if "momentum_buffer" not in state:
-                        state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                    update = state["momentum_buffer"].mul_(momentum).add_(update)
-                parameter.sub_(update * lr)
+                divisor = _divisor(kappas[parameter], eps)
+                if not momentum:
+                    parameter.addcdiv_(parameter.grad, divisor, value=-float(lr))
+                    continue
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state["momentum_buffer"].mul_(momentum).addcdiv_(parameter.grad, divisor)
+                parameter.add_(state["momentum_buffer"], alpha=-float(lr))
             group["steps"] += 1 if moved else 0
         return loss
 
@@ -156,7 +158,7 @@ class PathSGD(torch.optim.Optimizer):
 
     def _checked(self, parameters: list[Tensor]) -> list[Tensor]:
         kappas = path_sums(self._model, self._shapes, parameters)[1]
-        if not torch.stack([kappa.isfinite().all() for kappa in kappas]).all():
+        if not torch.stack([kappa.sum() for kappa in kappas]).isfinite().all():  # none is negative
             raise RuntimeError(
                 "κ of Path-SGD is infinite or NaN, and nothing was changed: weights have diverged, or products of "
                 "their squares are above 1e308; lower lr, or start from smaller weights"
@@ -178,11 +180,11 @@ class PathSGD(torch.optim.Optimizer):
         return super().__getstate__() | own
 
 
-def _scaled(gradient: Tensor, kappa: Tensor, eps: float) -> Tensor:
-    """The gradient over κ, in float64; 0 where κ is 0."""
+def _divisor(kappa: Tensor, eps: float) -> Tensor:
+    """κ, not below its floor; infinite where it is 0, so that the quotient is 0."""
     if eps:
         kappa = kappa.clamp(min=eps * kappa.amax())
-    return torch.where(kappa > 0, gradient.to(kappa.dtype) / kappa, 0)
+    return kappa.masked_fill(kappa == 0, torch.inf)
 
 
 def _check_model(model: nn.Module) -> None:
