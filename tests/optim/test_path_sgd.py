@@ -146,6 +146,30 @@ def test_one_layer_is_sgd(dtype: torch.dtype, options: dict[str, Any]) -> None:
     torch.testing.assert_close(models[0].weight, models[1].weight, rtol=tolerance, atol=tolerance)
 
 
+class Shifted(nn.Module):
+    """Two parameters whose κ is one tensor to autograd, and the loss moves both alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(5))
+        self.layer = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x + self.one + self.two)
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.9])
+def test_parameters_with_the_same_kappa(eps: float) -> None:
+    x, y = data(8, 5)
+    model = Shifted()
+    kappa = model.layer.weight.detach().double().square().sum(0)
+    kappa = kappa.clamp(min=eps * kappa.max())
+    losses(model, PathSGD(model.parameters(), 0.1, eps=eps, model=model, example_input=x), x.float(), y, 1)
+    for shift in (model.one, model.two):
+        assert shift.grad is not None
+        torch.testing.assert_close(shift.double(), -0.1 * shift.grad / kappa)
+
+
 def test_a_step_is_the_references() -> None:
     x, y = data(8, 5)
     model = mlp()
@@ -207,6 +231,19 @@ def test_thirty_layers_neither_overflow_nor_vanish() -> None:
         assert all(kappa.isfinite().all() and (kappa > 0).all() for kappa in kappas.values())
 
 
+@pytest.mark.parametrize("exponent", [0, 12, -12, 17])
+def test_float32_takes_layers_far_out_of_balance(exponent: int) -> None:
+    x, y = data(24, 5)
+    curves = []
+    for a in (1.0, 10.0**exponent):
+        model = mlp().float()
+        with torch.no_grad():
+            model[0].weight.mul_(a), model[0].bias.mul_(a), model[3].weight.div_(a)
+        optimizer = PathSGD(model.parameters(), 0.2, model=model, example_input=x)
+        curves.append(losses(model, optimizer, x.float(), y, 8))
+    torch.testing.assert_close(*curves, rtol=1e-3, atol=1e-4)
+
+
 def test_infinite_sums_change_nothing() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2))
     optimizer = PathSGD(model.parameters(), 0.1, momentum=0.5, model=model, example_input=torch.ones(2, 3))
@@ -219,12 +256,13 @@ def test_infinite_sums_change_nothing() -> None:
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("how", ["state", "deepcopy", "pickle", "file"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_training_goes_on_bitwise(name: str, how: str) -> None:
+def test_training_goes_on_bitwise(name: str, how: str, dtype: torch.dtype) -> None:
     x, y = data(24, 5)
-    model = mlp().float()
-    x = x.float()
+    model = mlp().to(dtype)
+    x = x.to(dtype)
     optimizer = PathSGD(model.parameters(), model=model, example_input=x, **OPTIONS[name])
     losses(model, optimizer, x, y, 4)
     if how == "deepcopy":

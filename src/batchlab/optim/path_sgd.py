@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -36,7 +37,8 @@ class PathSGD(torch.optim.Optimizer):
 
     κ has the scale of (path norm / w)², which grows with depth and width: a learning rate for SGD says nothing about
     one for Path-SGD. Products of squares must fit into float64, 1e-308 to 1e308: 30 layers whose sums of squares are
-    1e10 each do. Below, κ is 0 and the weight rests; above, `step` raises.
+    1e10 each do. Below, κ is 0 and the weight rests; above, `step` raises. In float32 parameters a κ below 1e-38 of the
+    largest in the parameter is 0, too.
 
     Args:
         params: parameters of the model, or groups of them, as for any torch optimizer.
@@ -128,63 +130,68 @@ class PathSGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        kappas = self._current_kappas(moved) if moved else {}
+        divisors = self._current_divisors(moved) if moved else {}
         for group in self.param_groups:
-            lr, momentum, eps = group["lr"], group["momentum"], group["eps"]
+            lr, momentum = float(group["lr"]), group["momentum"]
             for parameter in group["params"]:
-                if parameter.grad is None or parameter.numel() == 0:
+                if parameter.grad is None:
                     continue
-                divisor = _divisor(kappas[parameter], eps)
+                divisor, scale = divisors[parameter]
                 if not momentum:
-                    parameter.addcdiv_(parameter.grad, divisor, value=-float(lr))
+                    parameter.addcdiv_(parameter.grad, divisor, value=-lr / scale)
                     continue
                 state = self.state[parameter]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state["momentum_buffer"].mul_(momentum).addcdiv_(parameter.grad, divisor)
-                parameter.add_(state["momentum_buffer"], alpha=-float(lr))
+                state["momentum_buffer"].mul_(momentum).addcdiv_(parameter.grad, divisor, value=1 / scale)
+                parameter.add_(state["momentum_buffer"], alpha=-lr)
             group["steps"] += 1 if moved else 0
         return loss
 
-    def _current_kappas(self, moved: list[Tensor]) -> dict[Tensor, Tensor]:
+    def _current_divisors(self, moved: list[Tensor]) -> dict[Tensor, tuple[Tensor, float]]:
         if self._update_every == 1:
-            return dict(zip(moved, self._checked(moved), strict=True))
+            return self._divisors(moved)
         due = self.param_groups[0]["steps"] % self._update_every == 0
-        if due or any("kappa" not in self.state[parameter] for parameter in moved):
+        if due or any("divisor" not in self.state[parameter] for parameter in moved):
             every = [parameter for group in self.param_groups for parameter in group["params"]]
-            for parameter, kappa in zip(every, self._checked(every), strict=True):
-                self.state[parameter]["kappa"] = kappa
-        return {parameter: self.state[parameter]["kappa"] for parameter in moved}
+            for parameter, (divisor, scale) in self._divisors(every).items():
+                self.state[parameter].update(divisor=divisor, scale=scale)
+        return {p: (self.state[p]["divisor"], self.state[p]["scale"]) for p in moved}
 
-    def _checked(self, parameters: list[Tensor]) -> list[Tensor]:
+    def _divisors(self, parameters: list[Tensor]) -> dict[Tensor, tuple[Tensor, float]]:
+        """κ as divisor · scale, in the parameter's dtype or float32."""
         kappas = path_sums(self._model, self._shapes, parameters)[1]
-        if not torch.stack([kappa.sum() for kappa in kappas]).isfinite().all():  # none is negative
+        largest = torch.stack([kappa.amax() if kappa.numel() else kappa.sum() for kappa in kappas]).tolist()
+        if not all(math.isfinite(value) for value in largest):
             raise RuntimeError(
                 "κ of Path-SGD is infinite or NaN, and nothing was changed: weights have diverged, or products of "
                 "their squares are above 1e308; lower lr, or start from smaller weights"
             )
-        return kappas
+        eps = {parameter: group["eps"] for group in self.param_groups for parameter in group["params"]}
+        found = {}
+        for parameter, kappa, top in zip(parameters, kappas, largest, strict=True):
+            scale = min(max(top, 1e-30), 1e30)  # lr / scale has to fit into float32 as well
+            if eps[parameter]:
+                kappa = kappa.clamp(min=eps[parameter] * top)
+            # Not in place: autograd may give several parameters one and the same κ.
+            divisor = (kappa / scale).to(torch.promote_types(parameter.dtype, torch.float32))
+            # Infinite where κ is 0, so that the quotient is 0.
+            found[parameter] = divisor.masked_fill_(divisor == 0, torch.inf), scale
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a saved state, with κ in float64 as saved."""
+        """Continue from a saved state, with κ in the dtype it was saved in."""
         super().load_state_dict(state_dict)
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         held = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(saved, held, strict=True):
-            kappa = state_dict["state"].get(number, {}).get("kappa")
-            if kappa is not None:  # torch has cast it to the parameter's dtype, which may not hold it
-                self.state[parameter]["kappa"] = kappa.to(parameter.device, torch.float64, copy=True)
+            divisor = state_dict["state"].get(number, {}).get("divisor")
+            if divisor is not None:  # torch has cast it to the parameter's dtype, which may be a short one
+                self.state[parameter]["divisor"] = divisor.to(parameter.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: self.__dict__[name] for name in ("_model", "_shapes", "_update_every")}
         return super().__getstate__() | own
-
-
-def _divisor(kappa: Tensor, eps: float) -> Tensor:
-    """κ, not below its floor; infinite where it is 0, so that the quotient is 0."""
-    if eps:
-        kappa = kappa.clamp(min=eps * kappa.amax())
-    return kappa.masked_fill(kappa == 0, torch.inf)
 
 
 def _check_model(model: nn.Module) -> None:
