@@ -1,4 +1,4 @@
-"""Model in, changed model out: batch norm in, out or recalibrated; dropout, factors, first weights, optimizer groups."""
+"""Model in, changed model out: batch norm put in, recalibrated, folded; dropout, factors, first weights, groups."""
 
 from batchlab.surgery.channel_pad import ChannelPad
 from batchlab.surgery.fold import fold
