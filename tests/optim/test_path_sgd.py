@@ -151,7 +151,7 @@ class Shifted(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two = nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(5))
+        self.one, self.two = nn.Parameter(torch.zeros(1, 5)), nn.Parameter(torch.zeros(1, 5))
         self.layer = nn.Linear(5, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class Shifted(nn.Module):
 def test_parameters_with_the_same_kappa(eps: float) -> None:
     x, y = data(8, 5)
     model = Shifted()
-    kappa = model.layer.weight.detach().double().square().sum(0)
+    kappa = model.layer.weight.detach().double().square().sum(0, keepdim=True)
     kappa = kappa.clamp(min=eps * kappa.max())
     losses(model, PathSGD(model.parameters(), 0.1, eps=eps, model=model, example_input=x), x.float(), y, 1)
     for shift in (model.one, model.two):
