@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from batchlab.lab.records import read_record
 from batchlab.lab.studies.bn_mnist import read_finished
 from batchlab.lab.studies.bn_mnist.answer import answer
 from batchlab.lab.studies.bn_mnist.page import steps_table
 from batchlab.lab.studies.bn_mnist.settings import SIZES, BnMnistSettings
 from batchlab.lab.studies.bn_mnist.summary import Summary, summarize
-from batchlab.lab.studies.search import choose_rates
+from batchlab.lab.studies.search import choose_rates, search_plan
 from batchlab.lab.studies.stages import to_json
+from batchlab.lab.studies.whitening import COMPARISON as WHITENING
+from batchlab.lab.studies.whitening.settings import ARMS
 from batchlab.lab.study import read_study
 from benchmarks.precision import errors
 
@@ -58,3 +61,19 @@ def test_precision_is_what_the_readme_says() -> None:
         assert quoted, name
         for number, value in zip(quoted.groups(), measured, strict=True):
             assert 1 / 4 < float(number) / value < 4  # other processors add in another order
+
+
+def test_the_search_of_whitening_is_what_its_page_says() -> None:
+    folder = ROOT / "experiments" / "whitening"
+    settings, data = read_study(folder, WHITENING.settings)
+    assert settings == WHITENING.sizes["full"]
+    plan = search_plan(settings, WHITENING.arms(settings), data["training_images"])
+    chosen, scores = choose_rates(settings, ARMS, {name: read_record(folder / name) for name in plan})
+    text = (folder / "README.md").read_text()
+    for rate in settings.rates:
+        cells = []
+        for arm in ARMS:
+            score = scores[arm][rate][0]
+            cell = f"{100 * score:.2f} %" if score else "diverged"
+            cells.append(f"**{cell}**" if chosen[arm] == rate else cell)
+        assert f"| {rate:g} | {' | '.join(cells)} |" in text
