@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from batchlab.functional import whitening_gradient
+from batchlab.functional.autocast import full_precision
 from batchlab.functional.batch_norm_training import samples_per_channel
 from batchlab.functional.running_statistics import check_momentum, update_in_place
 from batchlab.functional.whitening_arguments import (
@@ -22,12 +22,6 @@ from batchlab.reference import whitening as reference
 from batchlab.reference.batch_norm import per_channel, statistics_dtype
 
 __all__ = ["update_whitening_statistics", "whiten", "whitening_matrix"]
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """Keep autocast out: it would take the products of statistics to half precision."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _projection(sigma: Tensor, eps: float, method: str, iterations: int) -> Tensor:
@@ -112,7 +106,7 @@ def whitening_matrix(covariance: Tensor, eps: float = 1e-5, *, method: str = "zc
     check_whitening(eps, method, iterations)
     if covariance.ndim != 3 or covariance.shape[-1] != covariance.shape[-2]:
         raise ValueError(f"covariance has shape {shape_of(covariance)}; it must be (groups, size, size)")
-    with _full_precision(covariance):
+    with full_precision(covariance):
         return _projection(covariance.double(), eps, method, iterations)
 
 
@@ -186,7 +180,7 @@ def whiten(
     check_momentum(momentum)
     if training:
         check_sample_count(x)
-        with _full_precision(x):
+        with full_precision(x):
             rows, mean = _center(x, size)
             sigma = whitening_gradient.covariance(rows)
             y = _apply(rows, sigma, weight, bias, eps, method, iterations)
@@ -195,7 +189,7 @@ def whiten(
     elif running is not None:
         mean, sigma = running
         wide = x.to(torch.promote_types(statistics_dtype(x.dtype), mean.dtype))
-        with _full_precision(x):
+        with full_precision(x):
             rows = reference.grouped(wide - per_channel(mean, x.ndim), size)
             y = _apply(rows, sigma.double(), weight, bias, eps, method, iterations)
     else:
@@ -229,7 +223,7 @@ def update_whitening_statistics(
     size = check_tensors(x, group_size, {"running_mean": running_mean, "running_covariance": running_covariance})
     check_momentum(momentum)
     check_sample_count(x)
-    with _full_precision(x):
+    with full_precision(x):
         rows, mean = _center(x, size)
         sigma = reference.covariance(rows)
     _update((running_mean, running_covariance), mean, sigma, samples_per_channel(x), momentum, num_batches_tracked)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from batchlab.functional.autocast import full_precision
 from batchlab.nn.natural_coordinates import (
     COLLECTED,
     COORDINATES,
     check_natural,
     first_buffers,
-    full_precision,
     new_coordinates,
     reprojected,
 )

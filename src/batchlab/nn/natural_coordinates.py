@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 import torch
@@ -20,19 +19,12 @@ __all__ = [
     "COORDINATES",
     "check_natural",
     "first_buffers",
-    "full_precision",
     "new_coordinates",
     "reprojected",
 ]
 
 COORDINATES: Final = ("whitening", "center")
 COLLECTED: Final = ("collected_count", "collected_mean", "collected_m2")
-
-
-def full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """Keep autocast out: it would take statistics and what is not whitened yet to half precision."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def check_natural(eps: float, momentum: float | None) -> None:
