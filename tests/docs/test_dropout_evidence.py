@@ -22,6 +22,7 @@ from batchlab.lab.studies.dropout_speed.summary import summarize as summarize_sp
 from batchlab.lab.studies.dropout_speed.summary import to_json as speed_json
 from batchlab.lab.studies.stages import to_json
 from batchlab.lab.study import read_study
+from tests.docs.search_rows import search_rows
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
@@ -36,26 +37,13 @@ def rows(table: Table) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in table.rows]
 
 
-def search_rows(finished: Finished, arms: list[str]) -> list[str]:
-    """The README's table of the search: a rate in each row, the chosen score in bold."""
-    lines = []
-    for rate in finished.settings.rates:
-        cells = []
-        for arm in arms:
-            score = finished.scores[arm][rate][0]
-            cell = f"{100 * score:.2f} %" if score else "diverged"
-            cells.append(f"**{cell}**" if finished.chosen[arm] == rate else cell)
-        lines.append(f"| {rate:g} | {' | '.join(cells)} |")
-    return lines
-
-
 def tables(comparison: Comparison, finished: Finished, summary: Any) -> list[str]:
     if comparison is DROPOUT_MNIST:
         return [
             *rows(error_table(summary, "")),
             *rows(target_table(summary.targets, "")),
             *rows(verdict_table(finished.settings, summary, "")),
-            *search_rows(finished, ["small", "none", "independent", "batchwise"]),
+            *search_rows(finished.settings.rates, finished.scores, finished.chosen, finished.chosen),
         ]
     return [
         *rows(patterns_page.error_table(summary, "")),

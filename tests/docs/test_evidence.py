@@ -18,6 +18,7 @@ from batchlab.lab.studies.whitening import COMPARISON as WHITENING
 from batchlab.lab.studies.whitening.settings import ARMS
 from batchlab.lab.study import read_study
 from benchmarks.precision import errors
+from tests.docs.search_rows import search_rows
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "experiments" / "bn-mnist"
@@ -70,10 +71,4 @@ def test_the_search_of_whitening_is_what_its_page_says() -> None:
     plan = search_plan(settings, WHITENING.arms(settings), data["training_images"])
     chosen, scores = choose_rates(settings, ARMS, {name: read_record(folder / name) for name in plan})
     text = (folder / "README.md").read_text()
-    for rate in settings.rates:
-        cells = []
-        for arm in ARMS:
-            score = scores[arm][rate][0]
-            cell = f"{100 * score:.2f} %" if score else "diverged"
-            cells.append(f"**{cell}**" if chosen[arm] == rate else cell)
-        assert f"| {rate:g} | {' | '.join(cells)} |" in text
+    assert all(row in text for row in search_rows(settings.rates, scores, chosen, ARMS))
