@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from batchlab.lab.networks import MLP
+from batchlab.lab.optimizers import make_optimizer
 from batchlab.lab.settings import NetworkSettings, OptimizerSettings
-from batchlab.lab.training import batch_order, sgd, train
+from batchlab.lab.training import batch_order, train
 from benchmarks.harness import interleave, report
 
 STEPS, BATCH, IMAGES = 200, 60, 60_000
@@ -35,7 +36,7 @@ def main(rounds: int = 40) -> None:
     for normalization in ("none", "batch_norm"):
         settings = OptimizerSettings()
         networks = [MLP(784, 10, NetworkSettings(normalization=normalization)) for _ in range(2)]
-        optimizers = [sgd(network, settings) for network in networks]
+        optimizers = [make_optimizer(network, settings, images) for network in networks]
         seeds = count()
 
         def by_hand(networks=networks, optimizers=optimizers, seeds=seeds) -> None:  # type: ignore[no-untyped-def]

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from batchlab.lab.networks import ACTIVATIONS, MLP
+from batchlab.lab.mechanisms import ACTIVATIONS
+from batchlab.lab.networks import MLP
+from batchlab.lab.optimizers import make_optimizer
 from batchlab.lab.settings import NetworkSettings, OptimizerSettings, SettingsError
 from batchlab.lab.training import (
     activation_percentiles,
@@ -17,7 +19,6 @@ from batchlab.lab.training import (
     evaluation_steps,
     learning_rate,
     prepare_images,
-    sgd,
     train,
 )
 
@@ -87,7 +88,9 @@ def test_steps_are_those_of_momentum_sgd_by_hand(schedule: str) -> None:
         for k, (p, g) in enumerate(zip(slow, gradients, strict=True)):
             velocity[k] = 0.8 * velocity[k] + g + 0.01 * p.detach()
             slow[k] = (p.detach() - rate * velocity[k]).requires_grad_()
-    mean = train(network, sgd(network, settings), settings, images, labels, batch_order(12, 4, 1, 0, 6), 0, 6)
+    mean = train(
+        network, make_optimizer(network, settings, images), settings, images, labels, batch_order(12, 4, 1, 0, 6), 0, 6
+    )
     for found, expected in zip(network.parameters(), slow, strict=True):
         torch.testing.assert_close(found.detach(), expected.detach(), rtol=1e-10, atol=1e-12)
     assert mean == pytest.approx(np.mean(losses), rel=1e-6)

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from batchlab.lab.data import Dataset, hold_out, load_dataset
 from batchlab.lab.files import locked, read_json, write_bytes, write_json, write_text
-from batchlab.lab.networks import MLP
+from batchlab.lab.measures import learned_slopes, variance_shifts
+from batchlab.lab.networks import MLP, ConvolutionalNetwork, build
+from batchlab.lab.optimizers import follow, make_optimizer, prepare
 from batchlab.lab.records import describe_run
 from batchlab.lab.settings import RunSettings, from_dict, to_dict
 from batchlab.lab.training import (
@@ -32,7 +34,6 @@ from batchlab.lab.training import (
     evaluate,
     evaluation_steps,
     prepare_images,
-    sgd,
     train,
 )
 from batchlab.surgery import fold, recalibrate
@@ -40,6 +41,9 @@ from batchlab.surgery import fold, recalibrate
 __all__ = ["RunInput", "build_network", "execute", "load_inputs", "run"]
 
 PROBE_IMAGES = 1200  # 20 batches of 60 for each set of percentiles
+
+
+Network = MLP | ConvolutionalNetwork
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,11 @@ def load_inputs(settings: RunSettings, dataset: Dataset) -> RunInput:
     return RunInput(prepare_images(parts[0], binarize), parts[1], prepare_images(parts[2], binarize), parts[3])
 
 
-def build_network(settings: RunSettings, dataset: Dataset) -> MLP:
+def build_network(settings: RunSettings, dataset: Dataset) -> Network:
     """The untrained network of a run; its weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        network = MLP(dataset.train_images[0].numel(), len(dataset.class_names), settings.network)
+        network = build(dataset.train_images.shape[1:], len(dataset.class_names), settings.network)
         network.first_pattern = settings.seed * 1_000_003
         return network
 
@@ -83,7 +87,7 @@ class _State:
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
 
-def _save_checkpoint(path: Path, state: _State, network: MLP, optimizer: torch.optim.Optimizer, run: str) -> None:
+def _save_checkpoint(path: Path, state: _State, network: Network, optimizer: torch.optim.Optimizer, run: str) -> None:
     buffer = io.BytesIO()
     content = {
         "run": run,
@@ -99,7 +103,7 @@ def _save_checkpoint(path: Path, state: _State, network: MLP, optimizer: torch.o
     write_bytes(path, buffer.getvalue())
 
 
-def _load_checkpoint(path: Path, network: MLP, optimizer: torch.optim.Optimizer, run: str) -> _State:
+def _load_checkpoint(path: Path, network: Network, optimizer: torch.optim.Optimizer, run: str) -> _State:
     """Bring network, optimizer and random numbers to where the checkpoint is; a fresh state if it is of no use."""
     try:
         content = torch.load(path, weights_only=True)
@@ -116,7 +120,7 @@ def _load_checkpoint(path: Path, network: MLP, optimizer: torch.optim.Optimizer,
 
 
 def _measure(
-    settings: RunSettings, network: MLP, inputs: RunInput, step: int, train_loss: float | None
+    settings: RunSettings, network: Network, inputs: RunInput, step: int, train_loss: float | None
 ) -> dict[str, Any]:
     loss, accuracy = evaluate(network, inputs.held_out_images, inputs.held_out_labels)
     line: dict[str, Any] = {"step": step, "train_loss": train_loss, "loss": loss, "accuracy": accuracy}
@@ -129,7 +133,7 @@ def _measure(
     return line
 
 
-def _inference_accuracies(settings: RunSettings, network: MLP, inputs: RunInput) -> dict[str, float]:
+def _inference_accuracies(settings: RunSettings, network: Network, inputs: RunInput) -> dict[str, float]:
     """What the same weights score with running averages, with recalibrated statistics (Algorithm 2), and folded."""
     images, labels = inputs.held_out_images, inputs.held_out_labels
     scores = {"running_average": evaluate(network, images, labels)[1]}
@@ -148,7 +152,7 @@ def _inference_accuracies(settings: RunSettings, network: MLP, inputs: RunInput)
     return scores
 
 
-def _weights(network: MLP) -> bytes:
+def _weights(network: Network) -> bytes:
     return save_safetensors({name: value.contiguous() for name, value in network.state_dict().items()})
 
 
@@ -214,9 +218,11 @@ def _run_locked(
 
     inputs = load_inputs(settings, dataset)
     network = build_network(settings, dataset)
-    optimizer = sgd(network, settings.optimizer)
+    optimizer = make_optimizer(network, settings.optimizer, inputs.train_images)
     identity = json.dumps([record["settings"], dataset.checksum, record["environment"]], sort_keys=True)
+    prepare(network, settings.network, inputs.train_images)
     state = _load_checkpoint(folder / "checkpoint.pt", network, optimizer, identity)
+    follow(network, settings.network, optimizer, state.step)
     write_json(folder / "run.json", record)
     write_text(folder / "metrics.jsonl", _lines(state.metrics))
     status, saved_at = "finished", time.perf_counter()
@@ -254,12 +260,18 @@ def _run_locked(
     _finish(settings, network, inputs, folder, state, status)
 
 
-def _finish(settings: RunSettings, network: MLP, inputs: RunInput, folder: Path, state: _State, status: str) -> None:
+def _finish(
+    settings: RunSettings, network: Network, inputs: RunInput, folder: Path, state: _State, status: str
+) -> None:
     """Write what remains; result.json last, because its presence says that the rest is there."""
     weights = _weights(network)
     result: dict[str, Any] = {"status": status, "steps": state.step, "evaluations": len(state.metrics)}
     if status == "finished":
         result["accuracy"] = state.metrics[-1]["accuracy"]
+        if settings.variance_shift:  # before the statistics are recalibrated
+            result["variance_shift"] = variance_shifts(network, inputs.train_images)
+        if slopes := learned_slopes(network):
+            result["slopes"] = slopes
         result["inference"] = _inference_accuracies(settings, network, inputs)
     result["weights_sha256"] = hashlib.sha256(weights).hexdigest()
     write_text(folder / "metrics.jsonl", _lines(state.metrics))

@@ -17,6 +17,8 @@ from cattrs.v import format_exception
 
 __all__ = [
     "ALGORITHMS",
+    "INITIALIZATIONS",
+    "POSITIONS",
     "SCHEDULES",
     "DataSettings",
     "DropoutSettings",
@@ -30,7 +32,11 @@ __all__ = [
     "write_settings",
 ]
 
-ALGORITHMS: Final = ("sgd", "submatrix_sgd")
+ALGORITHMS: Final = ("sgd", "submatrix_sgd", "path_sgd")
+
+INITIALIZATIONS: Final = ("gaussian", "xavier", "he")
+
+POSITIONS: Final = ("hidden", "before_normalization", "last")
 
 SCHEDULES: Final = ("constant", "linear", "cosine", "exponential")
 
@@ -72,16 +78,19 @@ class DropoutSettings:
     """Which dropout a network has, and how much of it.
 
     Args:
-        kind: name of the mechanism, see `batchlab.lab.networks.DROPOUTS`.
+        kind: name of the mechanism, see `batchlab.lab.mechanisms.DROPOUTS`.
         input: share of the inputs that is dropped.
         hidden: share of each hidden layer's units that is dropped.
         patterns: how many different patterns there are, used in turn by the batches; 0: a new one for each batch.
+        position: of the hidden dropouts: "hidden", behind each layer's activation; "before_normalization", between
+            each layer and its normalization; "last", behind the last hidden layer's activation alone.
     """
 
     kind: str = "none"
     input: float = 0.2
     hidden: float = 0.5
     patterns: int = 0
+    position: str = "hidden"
 
     def __post_init__(self) -> None:
         _require(0 <= self.input < 1, "dropout.input", self.input, "from 0 to below 1")
@@ -93,19 +102,29 @@ class DropoutSettings:
             self.patterns,
             f"0 for {self.kind!r}: only batchwise dropout has patterns to repeat",
         )
+        _require(self.position in POSITIONS, "dropout.position", self.position, ", ".join(POSITIONS))
 
 
 @dataclass(frozen=True)
 class NetworkSettings:
-    """A multilayer perceptron; see `batchlab.lab.networks.MLP`.
+    """A multilayer perceptron, or a convolutional network; see `batchlab.lab.networks`.
 
     Args:
         widths: units of each hidden layer.
-        activation: name of the nonlinearity, see `batchlab.lab.networks.ACTIVATIONS`.
-        normalization: name of the mechanism before it, see `batchlab.lab.networks.NORMALIZATIONS`.
+        activation: name of the nonlinearity, see `batchlab.lab.mechanisms.ACTIVATIONS`.
+        normalization: name of the mechanism before it, see `batchlab.lab.mechanisms.NORMALIZATIONS`.
         weight_std: standard deviation of the initial Gaussian weights; 0: weights uniform within ±1/√(inputs), and
             zeros in the last layer, as in the code of Graham et al. (2015).
         dropout: of inputs and hidden units.
+        initialization: "gaussian", with `weight_std`; or Gaussian with n Var[w] = 1 ("xavier"), or with
+            n Var[w] = 2/(1 + a²), a the slope of the rectifier in front of a layer ("he"), n its inputs.
+        factorization: how every linear and convolution layer holds its weight, see
+            `batchlab.lab.mechanisms.FACTORIZATIONS`.
+        data_start: give every factored unit mean 0 and deviation 1 on a first batch.
+        refresh_every: steps between two refreshes of natural layers.
+        natural_eps: added to the covariance that natural layers whiten by.
+        channels: of 3x3 convolutions in front of the hidden layers, each with a 2x2 max pooling; (): none, a
+            multilayer perceptron.
     """
 
     widths: tuple[int, ...] = (100, 100, 100)
@@ -113,10 +132,34 @@ class NetworkSettings:
     normalization: str = "none"
     weight_std: float = 0.1
     dropout: DropoutSettings = field(default_factory=DropoutSettings)
+    initialization: str = "gaussian"
+    factorization: str = "none"
+    data_start: bool = False
+    refresh_every: int = 100
+    natural_eps: float = 1e-3
+    channels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _require(bool(self.widths) and min(self.widths) > 0, "widths", self.widths, "one or more positive numbers")
         _require(self.weight_std >= 0, "weight_std", self.weight_std, "above 0, or 0 for uniform weights")
+        names = ", ".join(INITIALIZATIONS)
+        _require(self.initialization in INITIALIZATIONS, "initialization", self.initialization, names)
+        factored = self.factorization not in ("none", "natural", "spectral_norm")
+        _require(
+            factored or not self.data_start,
+            "data_start",
+            self.data_start,
+            f"False for factorization {self.factorization!r}, which has no gains to start from data",
+        )
+        _require(self.refresh_every > 0, "refresh_every", self.refresh_every, "1 or more steps")
+        _require(self.natural_eps > 0, "natural_eps", self.natural_eps, "above 0")
+        _require(not self.channels or min(self.channels) > 0, "channels", self.channels, "positive numbers")
+        _require(
+            not self.channels or self.factorization != "natural",
+            "factorization",
+            self.factorization,
+            "any but 'natural' for a convolutional network: natural coordinates are for linear layers",
+        )
 
 
 @dataclass(frozen=True)
@@ -131,7 +174,8 @@ class OptimizerSettings:
         schedule: "constant"; or from `learning_rate` to `learning_rate · final` by a "linear", "cosine" or
             "exponential" law over the run.
         final: the last learning rate as a share of the first.
-        algorithm: "sgd"; or "submatrix_sgd", which changes only what batchwise dropout kept.
+        algorithm: "sgd"; "submatrix_sgd", which changes only what batchwise dropout kept; or "path_sgd", for ReLU
+            networks without normalization.
     """
 
     learning_rate: float = 0.1
@@ -151,6 +195,13 @@ class OptimizerSettings:
         _require(self.schedule in SCHEDULES, "schedule", self.schedule, ", ".join(SCHEDULES))
         _require(0 < self.final <= 1, "final", self.final, "above 0, at most 1")
         _require(self.algorithm in ALGORITHMS, "algorithm", self.algorithm, ", ".join(ALGORITHMS))
+        plain = not self.nesterov and not self.weight_decay
+        _require(
+            plain or self.algorithm != "path_sgd",
+            "algorithm",
+            self.algorithm,
+            "sgd or submatrix_sgd with nesterov or weight_decay, which Path-SGD does not have",
+        )
 
 
 @dataclass(frozen=True)
@@ -165,6 +216,8 @@ class RunSettings:
         probe_units: for how many units of the last hidden layer the percentiles of the input are recorded.
         evaluate_every: steps between evaluations; 0: as `spacing` says.
         training_errors: whether each evaluation counts the training images that are recognized wrongly, too.
+        variance_shift: whether the end of the run records, for each batch norm, how far the variance that it
+            normalizes by is from the one that it meets in evaluation.
     """
 
     data: DataSettings = field(default_factory=DataSettings)
@@ -177,6 +230,7 @@ class RunSettings:
     probe_units: int = 5
     evaluate_every: int = 0
     training_errors: bool = False
+    variance_shift: bool = False
 
     def __post_init__(self) -> None:
         _require(self.steps > 0, "steps", self.steps, "above 0")

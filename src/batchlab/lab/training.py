@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchlab.lab.networks import MLP
+from batchlab.lab.networks import MLP, ConvolutionalNetwork
 from batchlab.lab.settings import OptimizerSettings
-from batchlab.optim import SubmatrixSGD
 
 __all__ = [
     "PERCENTILES",
@@ -21,8 +21,8 @@ __all__ = [
     "evaluate",
     "evaluation_steps",
     "learning_rate",
+    "paused_updates",
     "prepare_images",
-    "sgd",
     "train",
 ]
 
@@ -50,26 +50,6 @@ def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
         "exponential": math.pow(final, done),
     }
     return settings.learning_rate * shares[settings.schedule]
-
-
-def sgd(network: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """The optimizer of the settings: one fused pass over parameters, gradients and momentum."""
-    if settings.algorithm == "submatrix_sgd":
-        return SubmatrixSGD(
-            network.parameters(),
-            lr=settings.learning_rate,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            nesterov=settings.nesterov,
-        )
-    return torch.optim.SGD(
-        network.parameters(),
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        nesterov=settings.nesterov,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
 
 
 def batch_order(count: int, batch_size: int, seed: int, first: int, last: int) -> Iterator[Tensor]:
@@ -122,7 +102,7 @@ def train(
 ) -> float:
     """Train on the batches of `order`, whose first is step `first` of `steps`; returns the mean cross-entropy.
 
-    With `patterns`, an MLP's batchwise dropout uses that many patterns in turn.
+    With `patterns`, a network's batchwise dropout uses that many patterns in turn.
     """
     network.train()
     total, count = torch.zeros(()), 0
@@ -131,7 +111,7 @@ def train(
         if changing:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, step, steps)
-        if patterns and isinstance(network, MLP):
+        if patterns and isinstance(network, (MLP, ConvolutionalNetwork)):
             network.choose_pattern(step % patterns)
         loss = F.cross_entropy(network(images[indices]), labels[indices])
         optimizer.zero_grad()
@@ -155,8 +135,9 @@ def evaluate(network: nn.Module, images: Tensor, labels: Tensor, chunk: int = 10
 
 
 @contextmanager
-def _paused_updates(network: MLP) -> Iterator[None]:
-    layers = network.statistics_layers()
+def paused_updates(network: nn.Module) -> Iterator[None]:
+    """Normalize by batches as in training, while running statistics stay as they are."""
+    layers: list[Any] = [module for module in network.modules() if hasattr(module, "update_statistics")]
     before = [layer.update_statistics for layer in layers]
     for layer in layers:
         layer.update_statistics = False
@@ -168,7 +149,9 @@ def _paused_updates(network: MLP) -> Iterator[None]:
 
 
 @torch.no_grad()
-def activation_percentiles(network: MLP, images: Tensor, batch_size: int, units: int) -> list[list[float]]:
+def activation_percentiles(
+    network: MLP | ConvolutionalNetwork, images: Tensor, batch_size: int, units: int
+) -> list[list[float]]:
     """The {15, 50, 85}th percentiles of what enters the last hidden layer's first `units` nonlinearities.
 
     Taken from the network as it trains: batch normalization uses the statistics of each batch of `batch_size` images,
@@ -180,7 +163,7 @@ def activation_percentiles(network: MLP, images: Tensor, batch_size: int, units:
     was_training = network.training
     network.train()
     try:
-        with _paused_updates(network):
+        with paused_updates(network):
             values = torch.cat([network.last_activation_input(part) for part in images.split(batch_size)])
     finally:
         network.train(was_training)

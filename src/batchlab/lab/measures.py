@@ -1,0 +1,72 @@
+"""What is measured on a trained network, beside its accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from batchlab.nn import BatchNorm1d, BatchNorm2d
+from batchlab.reference.batch_norm import Moments, merge_moments, moments
+
+__all__ = ["learned_slopes", "variance_shifts"]
+
+PART = 1000  # images at a time
+
+
+def learned_slopes(network: nn.Module) -> dict[str, float]:
+    """The mean slope of each PReLU for negative inputs, by the module's name."""
+    return {
+        name: round(float(module.weight.detach().double().mean()), 6)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.PReLU)
+    }
+
+
+@contextmanager
+def _watched(layers: dict[str, nn.Module], found: dict[str, Moments]) -> Iterator[None]:
+    def watch(name: str) -> torch.utils.hooks.RemovableHandle:
+        def collect(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            own = moments(inputs[0].double())
+            found[name] = merge_moments(found[name], own) if name in found else own
+
+        return layers[name].register_forward_pre_hook(collect)
+
+    handles = [watch(name) for name in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def variance_shifts(network: nn.Module, images: Tensor) -> dict[str, float]:
+    """How far the variance that each batch norm divides by is from the variance of what it gets in evaluation.
+
+    shift = mean over channels of max(v / u, u / v)
+
+    v is the running variance plus eps, u the variance of the layer's input on `images` plus eps.
+
+    1 means that evaluation meets what training has prepared it for; dropout in front makes it larger.
+
+    Source: Li et al. 2018 (arXiv 1801.05134), section 3.
+    """
+    layers: dict[str, nn.Module] = {
+        name: module for name, module in network.named_modules() if isinstance(module, (BatchNorm1d, BatchNorm2d))
+    }
+    found: dict[str, Moments] = {}
+    network.eval()
+    with _watched(layers, found):
+        for part in images.split(PART):
+            network(part)
+    shifts = {}
+    for name, layer in layers.items():
+        assert isinstance(layer.running_var, Tensor)
+        count, _, m2 = found[name]
+        eps = float(layer.eps)  # type: ignore[arg-type]
+        pair = layer.running_var.double() + eps, m2 / (count - 1) + eps
+        shifts[name] = round(float((torch.maximum(*pair) / torch.minimum(*pair)).mean()), 6)
+    return shifts
