@@ -5,18 +5,30 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.resources import files
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
 from batchlab.lab.files import write_text
 
-__all__ = ["Block", "FigureBlock", "Gallery", "Page", "Paragraph", "Picture", "Section", "Table", "png", "write_page"]
+__all__ = [
+    "Block",
+    "FigureBlock",
+    "Gallery",
+    "Page",
+    "Paragraph",
+    "Picture",
+    "Section",
+    "Table",
+    "png",
+    "write_collection",
+    "write_page",
+]
 
 
 @dataclass(frozen=True)
@@ -105,9 +117,49 @@ def png(image: Tensor) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def _write(path: Path, template: str, **values: Any) -> None:
+    environment = Environment(
+        loader=PackageLoader("batchlab.lab"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = environment.get_template(template).render(**values)
+    write_text(path, re.sub(r"(\d) %", "\\1\u00a0%", html))  # a number and its sign stay on one line
+
+
 def write_page(page: Page, path: Path) -> None:
     """Write the page as one HTML file that needs no network and no other file."""
-    source = files("batchlab.lab").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    html = environment.from_string(source).render(page=page)
-    write_text(path, re.sub(r"(\d) %", "\\1\u00a0%", html))  # a number and its sign stay on one line
+    _write(path, "report.html.j2", page=page)
+
+
+def _own_ids(block: Block, prefix: str) -> Block:
+    """The block, with ids in its figure that no other study's figures have."""
+    if not isinstance(block, FigureBlock):
+        return block
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", block.svg)
+    return replace(block, svg=svg)
+
+
+def _within(page: Page, prefix: str) -> Page:
+    sections = [replace(part, blocks=[_own_ids(block, prefix) for block in part.blocks]) for part in page.sections]
+    hero = _own_ids(page.hero, prefix)
+    assert isinstance(hero, FigureBlock)
+    return replace(page, hero=hero, sections=sections)
+
+
+def write_collection(
+    title: str, introduction: str, pages: Mapping[str, Page], path: Path, notes: Sequence[str] = ()
+) -> None:
+    """Write several studies' reports as one HTML file: contents, a table of questions and answers, then each report.
+
+    Args:
+        title: of the page.
+        introduction: a sentence under it.
+        pages: name of the study, which becomes the address of its part -> report.
+        path: of the file.
+        notes: sentences under the table.
+    """
+    parts = {name: _within(page, name) for name, page in pages.items()}
+    _write(path, "collection.html.j2", title=title, introduction=introduction, pages=parts, notes=notes)

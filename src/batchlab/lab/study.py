@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,10 @@ from rich.console import Console
 from batchlab.lab.data import Dataset
 from batchlab.lab.files import locked, read_json, write_json
 from batchlab.lab.records import describe_data
+from batchlab.lab.report import Page, Table
 from batchlab.lab.settings import from_dict, to_dict
 
-__all__ = ["Study", "Workplace", "open_folder", "read_study"]
+__all__ = ["Outcome", "Study", "Workplace", "open_folder", "read_study"]
 
 STUDY_FILE = "study.json"
 
@@ -40,6 +41,27 @@ class Workplace:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What the records of a finished study say.
+
+    Args:
+        summary: its numbers, as plain values for summary.json.
+        figures: name -> SVG.
+        page: the report.
+        title: of the console's table.
+        table: for the console.
+        answer: sentences for the console.
+    """
+
+    summary: Any
+    figures: Mapping[str, str]
+    page: Page
+    title: str
+    table: Table
+    answer: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Study:
     """A question, and the functions that answer it.
 
@@ -48,7 +70,8 @@ class Study:
         question: one line.
         settings: the dataclass of its settings.
         sizes: named settings: "full", "demo" and "quick" at least.
-        run: does the runs that are missing and writes the report into the workplace's folder.
+        run: does the runs that are missing and writes the report into the workplace's folder; returns its path.
+        read: what the records in a folder say; raises ValueError if runs are missing or damaged.
         report: writes the report again from the records in a folder; returns its path.
     """
 
@@ -57,6 +80,7 @@ class Study:
     settings: type[Any]
     sizes: Mapping[str, Any]
     run: Callable[[Any, Workplace], Path]
+    read: Callable[[Path], Outcome]
     report: Callable[[Path, Console], Path]
 
 

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from batchlab.lab.records import RunRecord, read_record
 from batchlab.lab.report import Page, Table
-from batchlab.lab.studies.ending import command_for, print_ending
+from batchlab.lab.studies.ending import command_for
 from batchlab.lab.studies.search import Arms, Scores, arm_records, choose_rates, final_plan, search_plan
 from batchlab.lab.studies.settings import ComparisonSettings
-from batchlab.lab.studies.stages import complete, to_json, write_outcome
-from batchlab.lab.study import Study, Workplace, open_folder, read_study
+from batchlab.lab.studies.stages import complete, to_json, write_report
+from batchlab.lab.study import Outcome, Study, Workplace, open_folder, read_study
 
 __all__ = ["Comparison", "Finished", "comparison_study", "read_finished"]
 
@@ -104,15 +104,16 @@ def comparison_study(comparison: Comparison) -> Study:
             complete(workplace, final_plan(settings, arms, chosen.items()), "2/2 training             ")
             return report(workplace.folder, workplace.console)
 
+    def read(folder: Path) -> Outcome:
+        finished = read_finished(comparison, folder)
+        summary = comparison.summarize(finished)
+        drawn = comparison.figures(finished, summary)
+        command = command_for(comparison.name, finished.settings, comparison.sizes)
+        page = comparison.build_page(finished, summary, command, drawn)
+        return Outcome(to_json(summary), drawn, page, *comparison.ending(finished, summary))
+
     def report(folder: Path, console: Console) -> Path:
-        with console.status("writing the report"):
-            finished = read_finished(comparison, folder)
-            summary = comparison.summarize(finished)
-            drawn = comparison.figures(finished, summary)
-            command = command_for(comparison.name, finished.settings, comparison.sizes)
-            write_outcome(folder, to_json(summary), drawn, comparison.build_page(finished, summary, command, drawn))
-        print_ending(console, *comparison.ending(finished, summary), folder)
-        return folder / "report.html"
+        return write_report(read, folder, console)
 
     study = Study(
         name=comparison.name,
@@ -120,6 +121,7 @@ def comparison_study(comparison: Comparison) -> Study:
         settings=comparison.settings,
         sizes=comparison.sizes,
         run=run,
+        read=read,
         report=report,
     )
     return study

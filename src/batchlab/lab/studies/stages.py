@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from batchlab.lab.execution import run_all
 from batchlab.lab.figures import standalone
 from batchlab.lab.files import write_json, write_text
 from batchlab.lab.records import RunRecord, read_record
-from batchlab.lab.report import Page, write_page
+from batchlab.lab.report import write_page
 from batchlab.lab.settings import RunSettings
-from batchlab.lab.study import Workplace
+from batchlab.lab.studies.ending import print_ending
+from batchlab.lab.study import Outcome, Workplace
 
-__all__ = ["complete", "to_json", "write_outcome"]
+__all__ = ["complete", "to_json", "write_report"]
 
 
 def complete(workplace: Workplace, plan: Mapping[str, RunSettings], title: str) -> dict[str, RunRecord]:
@@ -45,10 +48,20 @@ def to_json(summary: Any) -> dict[str, Any]:
     return found
 
 
-def write_outcome(folder: Path, summary: Any, drawn: Mapping[str, str], page: Page) -> None:
-    """Write summary.json, the figures and report.html into a study's folder."""
-    write_json(folder / "summary.json", summary)
-    (folder / "figures").mkdir(exist_ok=True)
-    for name, svg in drawn.items():
-        write_text(folder / "figures" / f"{name}.svg", standalone(svg))
-    write_page(page, folder / "report.html")
+def write_report(read: Callable[[Path], Outcome], folder: Path, console: Console) -> Path:
+    """Write summary.json, the figures and report.html into a study's folder, and print how it ends; the report's path.
+
+    Args:
+        read: the study's own.
+        folder: with its records.
+        console: for the table and the answer.
+    """
+    with console.status("writing the report"):
+        outcome = read(folder)
+        write_json(folder / "summary.json", outcome.summary)
+        (folder / "figures").mkdir(exist_ok=True)
+        for name, svg in outcome.figures.items():
+            write_text(folder / "figures" / f"{name}.svg", standalone(svg))
+        write_page(outcome.page, folder / "report.html")
+    print_ending(console, outcome.title, outcome.table, outcome.answer, folder)
+    return folder / "report.html"

@@ -15,10 +15,10 @@ from batchlab.lab.studies.bn_mnist.page import build_page, figures, steps_table
 from batchlab.lab.studies.bn_mnist.plan import arms, final_pairs
 from batchlab.lab.studies.bn_mnist.settings import SIZES, BnMnistSettings
 from batchlab.lab.studies.bn_mnist.summary import summarize
-from batchlab.lab.studies.ending import command_for, print_ending
+from batchlab.lab.studies.ending import command_for
 from batchlab.lab.studies.search import choose_rates, final_plan, search_plan
-from batchlab.lab.studies.stages import complete, to_json, write_outcome
-from batchlab.lab.study import Study, Workplace, open_folder, read_study
+from batchlab.lab.studies.stages import complete, to_json, write_report
+from batchlab.lab.study import Outcome, Study, Workplace, open_folder, read_study
 
 __all__ = ["STUDY", "read_finished"]
 
@@ -52,26 +52,28 @@ def run(settings: BnMnistSettings, workplace: Workplace) -> Path:
         return report(folder, console)
 
 
-def report(folder: Path, console: Console) -> Path:
-    """Write summary.json, the figures and report.html from the records in `folder`.
+def read(folder: Path) -> Outcome:
+    """What the records in `folder` say.
 
     Raises:
         ValueError: the study in the folder is not finished, or a record is damaged.
     """
-    with console.status("writing the report"):
-        settings, data, records = read_finished(folder)
-        chosen, scores = choose_rates(settings, settings.arms, records)
-        summary = summarize(settings, records, chosen, scores)
-        if not (folder / MISTAKES_FILE).is_file():
-            raise ValueError(f"{folder / MISTAKES_FILE} is missing: run the study again to finish it")
-        mistakes = read_json(folder / MISTAKES_FILE)
-        drawn = figures(settings, records, summary)
-        page = build_page(settings, data, records, summary, mistakes, command_for(NAME, settings, SIZES), drawn)
-        write_outcome(folder, to_json(summary), drawn, page)
-    own = summary.comparisons["own"]
+    settings, data, records = read_finished(folder)
+    chosen, scores = choose_rates(settings, settings.arms, records)
+    summary = summarize(settings, records, chosen, scores)
+    if not (folder / MISTAKES_FILE).is_file():
+        raise ValueError(f"{folder / MISTAKES_FILE} is missing: run the study again to finish it")
+    mistakes = read_json(folder / MISTAKES_FILE)
+    drawn = figures(settings, records, summary)
+    page = build_page(settings, data, records, summary, mistakes, command_for(NAME, settings, SIZES), drawn)
     title = "Steps to a test accuracy, each arm at its own best rate"
-    print_ending(console, title, steps_table(own, ""), answer(settings, summary.comparisons), folder)
-    return folder / "report.html"
+    table = steps_table(summary.comparisons["own"], "")
+    return Outcome(to_json(summary), drawn, page, title, table, answer(settings, summary.comparisons))
+
+
+def report(folder: Path, console: Console) -> Path:
+    """Write summary.json, the figures and report.html from the records in `folder`."""
+    return write_report(read, folder, console)
 
 
 STUDY: Final = Study(
@@ -80,5 +82,6 @@ STUDY: Final = Study(
     settings=BnMnistSettings,
     sizes=SIZES,
     run=run,
+    read=read,
     report=report,
 )

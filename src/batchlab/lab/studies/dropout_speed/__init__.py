@@ -23,9 +23,9 @@ from batchlab.lab.studies.dropout_speed.measure import (
 from batchlab.lab.studies.dropout_speed.page import build_page, figures, speed_table
 from batchlab.lab.studies.dropout_speed.settings import SIZES, DropoutSpeedSettings
 from batchlab.lab.studies.dropout_speed.summary import summarize, to_json
-from batchlab.lab.studies.ending import command_for, print_ending
-from batchlab.lab.studies.stages import write_outcome
-from batchlab.lab.study import Study, Workplace, open_folder, read_study
+from batchlab.lab.studies.ending import command_for
+from batchlab.lab.studies.stages import write_report
+from batchlab.lab.study import Outcome, Study, Workplace, open_folder, read_study
 
 __all__ = ["STUDY"]
 
@@ -79,22 +79,24 @@ def run(settings: DropoutSpeedSettings, workplace: Workplace) -> Path:
         return report(folder, console)
 
 
-def report(folder: Path, console: Console) -> Path:
-    """Write summary.json, the figures and report.html from the records in `folder`.
+def read(folder: Path) -> Outcome:
+    """What the measurements in `folder` say.
 
     Raises:
-        ValueError: the study in the folder is not finished, or a record is damaged.
+        ValueError: points are missing, or a file is damaged.
     """
     settings, data = read_study(folder, DropoutSpeedSettings)
-    with console.status("writing the report"):
-        points = [read_point(folder / name, settings) for name in plan(settings)]
-        rows = summarize(settings, points)
-        drawn = figures(rows)
-        page = build_page(settings, data, points, rows, command_for(NAME, settings, SIZES), drawn)
-        write_outcome(folder, to_json(rows), drawn, page)
+    points = [read_point(folder / name, settings) for name in plan(settings)]
+    rows = summarize(settings, points)
+    drawn = figures(rows)
+    page = build_page(settings, data, points, rows, command_for(NAME, settings, SIZES), drawn)
     title = f"Seconds for {settings.epoch_images:,} images, and what batchwise dropout saves"
-    print_ending(console, title, speed_table(rows, ""), answer(settings, rows), folder)
-    return folder / "report.html"
+    return Outcome(to_json(rows), drawn, page, title, speed_table(rows, ""), answer(settings, rows))
+
+
+def report(folder: Path, console: Console) -> Path:
+    """Write summary.json, the figures and report.html from the measurements in `folder`."""
+    return write_report(read, folder, console)
 
 
 STUDY: Final = Study(
@@ -103,5 +105,6 @@ STUDY: Final = Study(
     settings=DropoutSpeedSettings,
     sizes=SIZES,
     run=run,
+    read=read,
     report=report,
 )

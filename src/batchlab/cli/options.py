@@ -1,0 +1,36 @@
+"""How the command line reads options that may be left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+__all__ = ["Count", "File", "Folder", "unhinted"]
+
+
+def _word(metavar: str, read: Callable[[str], Any]) -> Any:
+    """How tyro reads an option that takes one word and is None without it."""
+    return PrimitiveConstructorSpec[Any](
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, (int, Path)),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+# The texts say what an option left out means; "(default: None)" would say less.
+unhinted = tyro.conf.arg(help_behavior_hint="")
+Count = Annotated[int | None, _word("N", _count), unhinted]
+Folder = Annotated[Path | None, _word("DIR", Path), unhinted]
+File = Annotated[Path | None, _word("FILE", Path), unhinted]
