@@ -6,19 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.lab.records import read_record
 from batchlab.lab.studies.bn_mnist import read_finished
 from batchlab.lab.studies.bn_mnist.answer import answer
 from batchlab.lab.studies.bn_mnist.page import steps_table
 from batchlab.lab.studies.bn_mnist.settings import SIZES, BnMnistSettings
 from batchlab.lab.studies.bn_mnist.summary import Summary, summarize
-from batchlab.lab.studies.search import choose_rates, search_plan
+from batchlab.lab.studies.search import choose_rates
 from batchlab.lab.studies.stages import to_json
-from batchlab.lab.studies.whitening import COMPARISON as WHITENING
-from batchlab.lab.studies.whitening.settings import ARMS
 from batchlab.lab.study import read_study
 from benchmarks.precision import errors
-from tests.docs.search_rows import search_rows
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "experiments" / "bn-mnist"
@@ -62,13 +58,3 @@ def test_precision_is_what_the_readme_says() -> None:
         assert quoted, name
         for number, value in zip(quoted.groups(), measured, strict=True):
             assert 1 / 4 < float(number) / value < 4  # other processors add in another order
-
-
-def test_the_search_of_whitening_is_what_its_page_says() -> None:
-    folder = ROOT / "experiments" / "whitening"
-    settings, data = read_study(folder, WHITENING.settings)
-    assert settings == WHITENING.sizes["full"]
-    plan = search_plan(settings, WHITENING.arms(settings), data["training_images"])
-    chosen, scores = choose_rates(settings, ARMS, {name: read_record(folder / name) for name in plan})
-    text = (folder / "README.md").read_text()
-    assert all(row in text for row in search_rows(settings.rates, scores, chosen, ARMS))

@@ -75,11 +75,14 @@ def test_all_arms_start_from_the_same_weights() -> None:
 def test_sentences_say_what_the_numbers_say() -> None:
     clear, unclear = Estimate(1.4, 1.2, 1.6, 2), Estimate(0.9, 0.7, 1.1, 2)
     found = summary(none=Estimate(0.5, 0.4, 0.6, 2), whitening_16=clear, newton_64=unclear)
-    speed, ends = answer(TINY, found)
-    assert "recognize 90 % of the test images" in speed
-    assert "none: 300; centering: 150" in speed
-    assert "whitening, all channels: not in every run" in speed
-    assert "Clearly fewer than batch norm: whitening, groups of 16 (1.40 (1.20 to 1.60) times fewer)." in speed
+    speed, counts, ends = answer(TINY, found)
+    assert speed.startswith("Until 90 % of the test images are recognized")
+    assert "Clearly faster than batch norm: whitening, groups of 16 (1.40 (1.20 to 1.60) times fewer steps)." in speed
+    assert "Clearly slower: none (2.00 (1.67 to 2.50) times as many steps)." in speed
+    assert "No clear difference: Newton, groups of 64." in speed
+    assert speed.endswith("whitening, groups of 64; whitening, all channels.")
+    assert "none: 300; centering: 150" in counts
+    assert "whitening, all channels: not in every run" in counts
     assert "94.00 % (93.00 to 95.00) of the test images are recognized without" in ends
     rows = dict(verdicts(found))
     assert "batch norm" not in rows
@@ -88,7 +91,7 @@ def test_sentences_say_what_the_numbers_say() -> None:
     assert rows["none"] == "0.50 (0.40 to 0.60): clearly slower"
     assert rows["whitening, all channels"] == "did not reach it in every run"
     assert answer(TINY, dataclasses.replace(found, target=None))[0].startswith("Of 15 %, 99 % no accuracy was reached")
-    assert "None is clearly fewer than batch norm's." in answer(TINY, summary(newton_64=unclear))[0]
+    assert "Clearly faster than batch norm: nothing." in answer(TINY, summary(newton_64=unclear))[0]
 
 
 def test_tables_quote_steps_seconds_and_gains() -> None:
@@ -97,6 +100,9 @@ def test_tables_quote_steps_seconds_and_gains() -> None:
     assert steps["none"] == "300"
     assert steps["centering"] == "150, 2.0 times fewer"
     assert steps["whitening, all channels"] == "100 (1 of 2 runs)"
+    slower = dataclasses.replace(results["mean_only"].steps[0], ratio=Estimate(0.5, 0.4, 0.6, 2))
+    more = {"none": results["none"], "mean_only": dataclasses.replace(results["mean_only"], steps=(slower,))}
+    assert steps_table(more, ARMS, "").rows[1] == ["centering", "150, 2.0 times more"]
     seconds = {row[0]: row[1] for row in steps_table(results, ARMS, "", seconds=True).rows}
     assert seconds["none"] == "0.6"
     row = accuracy_table(results, ARMS, dict.fromkeys(ARMS, 0.3), "").rows[1]

@@ -91,6 +91,11 @@ def _reached(values: Sequence[float | None], unit: str = "") -> str:
     return f"{text}{unit}" if len(got) == len(values) else f"{text}{unit} ({len(got)} of {len(values)} runs)"
 
 
+def _fewer(ratio: float) -> str:
+    """How many times fewer steps; a ratio below 1 means more."""
+    return f"{ratio:.1f} times fewer" if ratio >= 1 else f"{1 / ratio:.1f} times more"
+
+
 def steps_table(
     results: Mapping[str, ArmResult], labels: Mapping[str, str], caption: str, seconds: bool = False
 ) -> Table:
@@ -103,14 +108,14 @@ def steps_table(
         cells = []
         for row in result.steps:
             values = [None if n is None or pace is None else n * pace for n in row.other]
-            ratio = "" if row.ratio is None or seconds or result.gain is None else f", {row.ratio.mean:.1f} times fewer"
-            cells.append(_reached(values) + ratio)
+            shown = "" if row.ratio is None or seconds or result.gain is None else f", {_fewer(row.ratio.mean)}"
+            cells.append(_reached(values) + shown)
         rows.append([labels[name], *cells])
     return Table(["arm", *(f"{100 * target:g} %" for target in targets)], rows, caption)
 
 
-def arm_figures(finished: Finished, labels: Mapping[str, str], scores: Scores) -> dict[str, str]:
-    """Accuracy against steps, and the search for learning rates; at most eight arms."""
+def arm_figures(finished: Finished, labels: Mapping[str, str], scores: Scores, floor: float = 0.5) -> dict[str, str]:
+    """Accuracy against steps, and the search for learning rates, from `floor` up; at most eight arms."""
     curves = {}
     for name in finished.chosen:
         runs = [record for record in finished.runs(name) if not record.diverged]
@@ -118,12 +123,13 @@ def arm_figures(finished: Finished, labels: Mapping[str, str], scores: Scores) -
             curves[labels[name]] = mean_curve(runs)
     return {
         "accuracy": accuracy_curves(
-            "accuracy", curves, description="Test accuracy against training steps for " + ", ".join(curves)
+            "accuracy", curves, floor=floor, description="Test accuracy against training steps for " + ", ".join(curves)
         ),
         "rate-search": rate_search(
             "rate-search",
             {labels[arm]: rates for arm, rates in scores.items()},
             {labels[arm]: rate for arm, rate in finished.chosen.items()},
+            floor=floor,
             description="Validation accuracy against learning rate for each arm, the chosen rate ringed",
         ),
     }

@@ -32,7 +32,7 @@ def arms(settings: WhiteningSettings) -> dict[str, RunSettings]:
 
 
 def _figures(finished: Finished, summary: Summary) -> dict[str, str]:
-    return arm_figures(finished, ARMS, summary.scores)
+    return arm_figures(finished, ARMS, summary.scores, floor=min(finished.settings.targets) - 0.1)
 
 
 def _ending(finished: Finished, summary: Summary) -> tuple[str, Table, Sequence[str]]:

@@ -70,8 +70,28 @@ def _against_batch_norm(ratio: Estimate) -> str:
     return f"{ratio.mean:.2f}{interval}"
 
 
+def _verdict(summary: Summary) -> str:
+    """Which arms are clearly faster or slower than batch norm, in a sentence or two."""
+    groups: dict[str, list[str]] = {"faster": [], "slower": [], "neither": []}
+    for name, ratio in summary.than_batch_norm.items():
+        kind = "neither" if not _is_clear(ratio) else "faster" if ratio.mean > 1 else "slower"
+        shown = ratio if kind == "faster" else Estimate(1 / ratio.mean, 1 / ratio.high, 1 / ratio.low, ratio.n)
+        words = "fewer" if kind == "faster" else "as many"
+        text = "" if kind == "neither" else f" ({_against_batch_norm(shown)} times {words} steps)"
+        groups[kind].append(f"{ARMS[name]}{text}")
+    never = [ARMS[name] for name in summary.results if name not in (*summary.than_batch_norm, "batch_norm")]
+    parts = [f"Clearly faster than batch norm: {'; '.join(groups['faster']) or 'nothing'}."]
+    if groups["slower"]:
+        parts.append(f"Clearly slower: {'; '.join(groups['slower'])}.")
+    if groups["neither"]:
+        parts.append(f"No clear difference: {'; '.join(groups['neither'])}.")
+    if never:
+        parts.append(f"Not there in every run: {'; '.join(never)}.")
+    return " ".join(parts)
+
+
 def answer(settings: WhiteningSettings, summary: Summary) -> list[str]:
-    """The sentences that open the report: steps of each part; where training ends."""
+    """The sentences that open the report: what is faster than batch norm; steps; where training ends."""
     results, target = summary.results, summary.target
     ends = (
         f"After {settings.steps:,} steps {percent(results['none'].accuracy)} of the test images are recognized without "
@@ -82,17 +102,10 @@ def answer(settings: WhiteningSettings, summary: Summary) -> list[str]:
         targets = ", ".join(f"{100 * accuracy:g} %" for accuracy in settings.targets)
         return [f"Of {targets} no accuracy was reached by every run without normalization and with batch norm.", ends]
     counts = "; ".join(f"{ARMS[name]}: {_steps(result, target)}" for name, result in results.items())
-    faster = [
-        f"{ARMS[name]} ({_against_batch_norm(ratio)} times fewer)"
-        for name, ratio in summary.than_batch_norm.items()
-        if _is_clear(ratio) and ratio.mean > 1
-    ]
-    verdict = (
-        f"Clearly fewer than batch norm: {'; '.join(faster)}" if faster else "None is clearly fewer than batch norm's"
-    )
     return [
-        f"Training steps to recognize {100 * target:g} % of the test images, each at its own best rate. {counts}. "
-        f"{verdict}.",
+        f"Until {100 * target:g} % of the test images are recognized, each at its own best learning rate. "
+        f"{_verdict(summary)}",
+        f"Training steps. {counts}.",
         ends,
     ]
 
