@@ -14,7 +14,7 @@ from batchlab.surgery.fold_apply import apply_folds
 from batchlab.surgery.fold_checks import Usage, find_usage
 from batchlab.surgery.fold_plan import FoldPlan, plan_folds
 from batchlab.surgery.fold_report import FoldEntry, FoldReport, FoldResult
-from batchlab.surgery.layers import Norm
+from batchlab.surgery.layers import ChannelNorm
 from batchlab.surgery.verify import Agreement, compare, exact_float32, tensors_in, tolerance_for
 from batchlab.surgery.wrappers import check_model
 
@@ -92,9 +92,9 @@ def fold(model: nn.Module, example_input: Tensor | tuple[Any, ...] | dict[str, A
     untouched. Computed in float64, cast at the end.
 
     Who feeds whom is read from a symbolic trace, not from the order of declaration. Folded are Linear, Conv1d to 3d and
-    ConvTranspose1d to 3d, with any groups, strides, dilations and padding modes, and torch's and batchlab's
-    normalizations; the layer before is preferred; `nn.Identity` and dropout in between do not matter. Refused, each
-    with its reason in the report: what is called more than once, shared, parametrized, hooked or of an unknown
+    ConvTranspose1d to 3d, with any groups, strides, dilations and padding modes, and torch's and batchlab's batch
+    normalizations with their variants (ghost, renorm, population, mean or variance alone); the layer before is preferred;
+    `nn.Identity` and dropout in between do not matter. Refused, each with its reason in the report: what is called more than once, shared, parametrized, hooked or of an unknown
     subclass; outputs that something else uses too; normalizations on other dimensions than the layer's channels, with
     `residual=` or `mask=`, or without usable statistics; transposed convolutions after a normalization, unless exact.
 
@@ -131,7 +131,7 @@ def fold(model: nn.Module, example_input: Tensor | tuple[Any, ...] | dict[str, A
     if any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
         raise ValueError("the model is on the meta device and has no values to fold: load its weights first")
     copied = copy_model(model).eval()
-    norms = [name for name, module in copied.named_modules() if isinstance(module, Norm)]
+    norms = [name for name, module in copied.named_modules() if isinstance(module, ChannelNorm)]
     if not norms:
         return FoldResult(copied, FoldReport((), 0.0, 0.0))
     example = split_example(example_input)

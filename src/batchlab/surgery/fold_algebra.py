@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from batchlab.surgery.layers import LayerKind, Norm
+from batchlab.surgery.layers import ChannelNorm, LayerKind, has_statistics, running_statistics
 
 __all__ = ["CannotFoldError", "Weights", "fold_after", "fold_before", "scale_and_shift", "weights_of", "zero_padding"]
 
@@ -39,14 +39,19 @@ def _wide(x: Tensor) -> Tensor:
     return x.detach().to(device="cpu", dtype=torch.float64)
 
 
-def scale_and_shift(norm: Norm) -> tuple[Tensor, Tensor]:
+def scale_and_shift(norm: ChannelNorm) -> tuple[Tensor, Tensor]:
     """Return s and t of the normalization in inference, s·x + t."""
-    if norm.running_mean is None or norm.running_var is None:
+    if not has_statistics(norm):
         raise CannotFoldError("it has no running statistics")
-    mean, var = _wide(norm.running_mean), _wide(norm.running_var)
-    if not (var >= 0).all():
-        raise CannotFoldError("its running variance is negative or not a number")
-    scale = 1 / (var + norm.eps).sqrt()
+    running_mean, running_var = running_statistics(norm)
+    # Without a mean nothing is subtracted, without a variance nothing divided.
+    mean = torch.zeros(norm.num_features, dtype=torch.float64) if running_mean is None else _wide(running_mean)
+    scale = torch.ones(norm.num_features, dtype=torch.float64)
+    if running_var is not None:
+        var, eps = _wide(running_var), float(norm.eps)  # type: ignore[arg-type]
+        if not (var >= 0).all():
+            raise CannotFoldError("its running variance is negative or not a number")
+        scale = 1 / (var + eps).sqrt()
     if norm.weight is not None:
         scale = scale * _wide(norm.weight)
     shift = -mean * scale if norm.bias is None else _wide(norm.bias) - mean * scale

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from batchlab.surgery.dataflow import Dataflow, input_of
 from batchlab.surgery.example import Run
-from batchlab.surgery.layers import NORMS, Norm, exact_kind, is_linear_or_conv, own_type
+from batchlab.surgery.layers import NORMS, ChannelNorm, exact_kind, has_statistics, is_linear_or_conv, own_type
 
 __all__ = ["Usage", "find_usage", "has_hooks", "why_not_layer", "why_not_norm"]
 
@@ -75,14 +75,14 @@ def why_not_layer(name: str, layer: nn.Module, usage: Usage) -> str | None:
     return None if reason is None else f"{type(layer).__name__} '{name}' {reason}"
 
 
-def why_not_norm(name: str, norm: Norm, usage: Usage) -> str | None:
+def why_not_norm(name: str, norm: ChannelNorm, usage: Usage) -> str | None:
     """Return why this normalization cannot become part of any layer; None if that is for the layer to say."""
     reason = _why_not_module(name, norm, usage)
     if reason is not None:
         return f"it {reason}"
     if own_type(norm) not in NORMS:
         return f"it is a {type(norm).__name__}, which extends batch normalization in ways that are not known"
-    if norm.running_mean is None or norm.running_var is None:
+    if not has_statistics(norm):
         return "it has no running statistics"
     if norm.training or getattr(norm, "statistics", "auto") == "batch":
         return "it normalizes with the statistics of the batch in evaluation too"

@@ -21,7 +21,7 @@ from batchlab.surgery.fold_algebra import (
 )
 from batchlab.surgery.fold_checks import Usage, why_not_layer, why_not_norm
 from batchlab.surgery.fold_paths import layer_after, layer_before
-from batchlab.surgery.layers import LayerKind, Norm, exact_kind
+from batchlab.surgery.layers import ChannelNorm, LayerKind, exact_kind
 
 __all__ = ["AFTER", "BEFORE", "FoldPlan", "Step", "plan_folds"]
 
@@ -62,7 +62,7 @@ def _check_representable(weights: Weights, dtype: torch.dtype) -> None:
         raise CannotFoldError(f"the folded weights do not fit into {dtype}")
 
 
-def _fold(norm: Norm, name: str, layer: nn.Module, weights: Weights, where: str) -> Weights:
+def _fold(norm: ChannelNorm, name: str, layer: nn.Module, weights: Weights, where: str) -> Weights:
     kind, groups = exact_kind(layer), groups_of(layer)
     if kind is None:
         raise CannotFoldError(f"{type(layer).__name__} '{name}' is not a layer that is known")
@@ -86,7 +86,7 @@ def plan_folds(model: nn.Module, usage: Usage, allowed: Collection[str] | None =
     folded counts as gone, so chains of normalizations fold as far as they can.
     """
     plan = FoldPlan([], {}, {})
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, Norm)}
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, ChannelNorm)}
     gone: set[str] = set()
 
     def attempt(name: str, find: Callable[[fx.Node, nn.Module, set[str]], fx.Node], where: str) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from batchlab.reference.batch_norm import moments
 from batchlab.surgery.copies import preserved_random_state
-from batchlab.surgery.layers import Norm
+from batchlab.surgery.layers import ChannelNorm
 from batchlab.surgery.population import Population, add_batch, empty_population
 
 __all__ = ["eager", "gather", "left_as_it_was"]
@@ -76,7 +76,7 @@ def _call(model: nn.Module, batch: Any, device: torch.device | str | None) -> No
     model(_move(x, device))
 
 
-def _look_at(layer: Norm, populations: dict[Norm, Population]) -> Any:
+def _look_at(layer: ChannelNorm, populations: dict[ChannelNorm, Population]) -> Any:
     def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("x", kwargs.get("input"))
         if not isinstance(x, Tensor) or x.ndim < 2:
@@ -97,16 +97,16 @@ def eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
 
 def gather(
     model: nn.Module,
-    layers: list[Norm],
+    layers: list[ChannelNorm],
     batches: Iterable[Any],
     forward: Callable[[nn.Module, Any], Any] | None,
     device: torch.device | str | None,
-) -> tuple[dict[Norm, Population], int]:
+) -> tuple[dict[ChannelNorm, Population], int]:
     """Run all batches; return the population of each layer that was reached, and the number of batches.
 
     `layers` normalize with the statistics of each batch, everything else is in evaluation mode.
     """
-    populations: dict[Norm, Population] = {}
+    populations: dict[ChannelNorm, Population] = {}
     count = 0
     with left_as_it_was(model), eager(model):
         # The attribute, not .eval() and .train(): models override those to do more than set a mode.

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from batchlab.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchlab import nn as layers
+from batchlab.nn.partial_batch_norm import PartialBatchNorm
 
-__all__ = ["LAYERS", "NORMS", "LayerKind", "Norm", "exact_kind", "is_linear_or_conv", "kind_of", "own_type"]
+__all__ = [
+    "LAYERS",
+    "NORMS",
+    "ChannelNorm",
+    "LayerKind",
+    "Norm",
+    "exact_kind",
+    "has_statistics",
+    "is_linear_or_conv",
+    "kind_of",
+    "own_type",
+    "running_statistics",
+]
 
 Norm = _BatchNorm  # what torch's, SyncBatchNorm's and batchlab's layers have in common
 """Every batch normalization layer."""
+
+ChannelNorm = _BatchNorm | PartialBatchNorm
+"""Every layer that in evaluation is s·x + t per channel, by running statistics: those, and mean or variance alone."""
 
 
 class LayerKind(NamedTuple):
@@ -34,10 +50,33 @@ LAYERS: Final[dict[type[nn.Module], LayerKind]] = {
     nn.ConvTranspose3d: LayerKind(3, True),
 }
 
+# Variants of batch normalization differ from it in training alone.
+_OWN: Final = (
+    "BatchNorm",
+    "GhostBatchNorm",
+    "BatchRenorm",
+    "NoisyBatchNorm",
+    "PopulationBatchNorm",
+    "MeanOnlyBatchNorm",
+    "VarianceOnlyBatchNorm",
+)
+
 NORMS: Final[tuple[type[nn.Module], ...]] = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-    *(BatchNorm1d, BatchNorm2d, BatchNorm3d),
+    *(getattr(layers, f"{name}{dimensions}d") for name in _OWN for dimensions in (1, 2, 3)),
 )
+"""Classes whose evaluation is known."""
+
+
+def running_statistics(norm: ChannelNorm) -> tuple[Tensor | None, Tensor | None]:
+    """Running mean and variance; None for what the layer does not have."""
+    return getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
+
+
+def has_statistics(norm: ChannelNorm) -> bool:
+    """Say whether a layer has all of its kind's running statistics."""
+    found = running_statistics(norm)
+    return None not in found if isinstance(norm, Norm) else found != (None, None)
 
 
 def own_type(module: nn.Module) -> type[nn.Module]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from batchlab.reference.batch_norm import Moments, merge_moments, unbiased_variance
-from batchlab.surgery.layers import Norm
+from batchlab.surgery.layers import ChannelNorm, running_statistics
 
 __all__ = ["ESTIMATORS", "Population", "add_batch", "empty_population"]
 
@@ -27,9 +27,10 @@ class Population(NamedTuple):
     within: Moments
 
 
-def empty_population(layer: Norm) -> Population:
+def empty_population(layer: ChannelNorm) -> Population:
     """Return the population of no batches, in float64."""
-    zeros = torch.zeros_like(layer.running_mean, dtype=torch.float64)  # type: ignore[arg-type]
+    known = next(value for value in running_statistics(layer) if value is not None)
+    zeros = torch.zeros_like(known, dtype=torch.float64)
     nothing = Moments(zeros.new_zeros(()), zeros, zeros)
     return Population(nothing, nothing)
 

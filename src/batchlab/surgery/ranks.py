@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from batchlab.functional.gather import merge_over_ranks
-from batchlab.surgery.layers import Norm
+from batchlab.surgery.layers import ChannelNorm
 from batchlab.surgery.population import Population
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["agree", "group_of", "over_ranks"]
 
 
-def group_of(layer: Norm) -> ProcessGroup | None:
+def group_of(layer: ChannelNorm) -> ProcessGroup | None:
     """Return the ranks that a layer itself normalizes over; None: this process alone."""
     if isinstance(layer, nn.SyncBatchNorm):
         synchronized = dist.is_available() and dist.is_initialized()

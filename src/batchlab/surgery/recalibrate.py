@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from batchlab.functional.gather import check_process_group
 from batchlab.surgery.gathering import gather
-from batchlab.surgery.layers import Norm
+from batchlab.surgery.layers import ChannelNorm, has_statistics, running_statistics
 from batchlab.surgery.population import ESTIMATORS, Population, empty_population
 from batchlab.surgery.ranks import agree, group_of, over_ranks
 from batchlab.surgery.wrappers import check_model
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 __all__ = ["recalibrate"]
 
 
-def _is_frozen(layer: Norm) -> bool:
+def _is_frozen(layer: ChannelNorm) -> bool:
     return getattr(layer, "statistics", "auto") == "running" or not getattr(layer, "update_statistics", True)
 
 
-def _to_recalibrate(model: nn.Module) -> dict[str, Norm]:
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Norm)}
+def _to_recalibrate(model: nn.Module) -> dict[str, ChannelNorm]:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, ChannelNorm)}
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no batch normalization layer to recalibrate (torch.nn.BatchNorm1d to 3d, "
-            "SyncBatchNorm, batchlab.nn's, and what extends them)"
+            "SyncBatchNorm, batchlab.nn's, also those of mean or variance alone, and what extends them)"
         )
     return {
         name: layer
         for name, layer in layers.items()
-        if layer.running_mean is not None and layer.track_running_stats and not _is_frozen(layer)
+        if has_statistics(layer) and layer.track_running_stats and not _is_frozen(layer)
     }
 
 
@@ -51,7 +51,8 @@ def _check(batches: Iterable[Any], estimator: str, process_group: ProcessGroup |
         check_process_group(process_group)
 
 
-def _statistics(name: str, layer: Norm, population: Population, estimator: str) -> tuple[Tensor, Tensor]:
+def _statistics(name: str, layer: ChannelNorm, population: Population, estimator: str) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of a layer's buffer and its new value."""
     count = (population.within if estimator == "algorithm2" else population.samples).count
     if count < 2:
         raise ValueError(
@@ -59,29 +60,28 @@ def _statistics(name: str, layer: Norm, population: Population, estimator: str) 
             "Give more or larger batches"
         )
     new = (population.samples.mean, ESTIMATORS[estimator](population))
-    mean, var = (value.to(layer.running_mean) for value in new)
-    bad = ~(mean.isfinite() & var.isfinite())
+    pairs = [
+        (buffer, value.to(buffer))
+        for buffer, value in zip(running_statistics(layer), new, strict=True)
+        if buffer is not None
+    ]
+    bad = ~torch.stack([value.isfinite() for _, value in pairs]).all(0)
     if bad.any():
         raise ValueError(
             f"'{name}' has non-finite statistics in {int(bad.sum())} of {bad.numel()} channels; the model is as it "
             "was. Look for inf or NaN in the batches, or an overflow in half precision"
         )
-    return mean, var
+    return pairs
 
 
-def _write(new: dict[Norm, tuple[Tensor, Tensor]]) -> None:
-    targets = [
-        (buffer, value, buffer.clone())
-        for layer, (mean, var) in new.items()
-        for buffer, value in ((layer.running_mean, mean), (layer.running_var, var))
-        if buffer is not None
-    ]
+def _write(new: list[tuple[Tensor, Tensor]]) -> None:
+    before = [(buffer, buffer.clone()) for buffer, _ in new]
     try:
-        for buffer, value, _ in targets:
+        for buffer, value in new:
             buffer.copy_(value)
     except BaseException:
-        for buffer, _, before in targets:
-            buffer.copy_(before)
+        for buffer, value in before:
+            buffer.copy_(value)
         raise
 
 
@@ -104,6 +104,8 @@ def recalibrate(
     "algorithm2" is the paper's line 10 and leaves the variance between the batches out. They agree in expectation for
     shuffled batches (independent samples), and differ where batches differ: sorted or grouped data, one domain or one
     image per batch. There "pooled" describes the data, "algorithm2" what a normalization saw in training.
+
+    Layers of mean or variance alone get theirs of the two.
 
     The weights are frozen. The normalizations use each batch's own statistics, as in training, and everything else is
     in evaluation mode: dropout is off. Nothing but the values of `running_mean` and `running_var` changes: not the
@@ -150,7 +152,7 @@ def recalibrate(
     groups = {name: process_group or group_of(layer) for name, layer in layers.items()}
     together = next((group for group in groups.values() if group is not None), None)
     error: Exception | None = None
-    populations: dict[Norm, Population] = {}
+    populations: dict[ChannelNorm, Population] = {}
     count = 0
     try:
         populations, count = gather(model, list(layers.values()), batches, forward, device)
@@ -169,8 +171,13 @@ def recalibrate(
         for name, layer in layers.items()
     }
     reached = {name: population for name, population in merged.items() if population.samples.count > 0}
-    new = {layers[name]: _statistics(name, layers[name], population, estimator) for name, population in reached.items()}
-    _write(new)
+    _write(
+        [
+            pair
+            for name, population in reached.items()
+            for pair in _statistics(name, layers[name], population, estimator)
+        ]
+    )
     if len(reached) < len(layers):
         unreached = ", ".join(repr(name) for name in layers if name not in reached)
         warnings.warn(f"no batch reached {unreached}: left with the statistics of before", stacklevel=2)
