@@ -93,10 +93,11 @@ def fold(model: nn.Module, example_input: Tensor | tuple[Any, ...] | dict[str, A
 
     Who feeds whom is read from a symbolic trace, not from the order of declaration. Folded are Linear, Conv1d to 3d and
     ConvTranspose1d to 3d, with any groups, strides, dilations and padding modes, and torch's and batchlab's batch
-    normalizations with their variants (ghost, renorm, population, mean or variance alone); the layer before is preferred;
-    `nn.Identity` and dropout in between do not matter. Refused, each with its reason in the report: what is called more than once, shared, parametrized, hooked or of an unknown
-    subclass; outputs that something else uses too; normalizations on other dimensions than the layer's channels, with
-    `residual=` or `mask=`, or without usable statistics; transposed convolutions after a normalization, unless exact.
+    normalizations with their variants (ghost, renorm, population, mean or variance alone); the layer before is
+    preferred; `nn.Identity` and dropout in between do not matter. Refused, each with its reason in the report: what is
+    called more than once, shared, parametrized, hooked or of an unknown subclass; outputs that something else uses too;
+    normalizations on other dimensions than the layer's channels, with `residual=` or `mask=`, or without usable
+    statistics; transposed convolutions after a normalization, unless exact.
 
     In the end both models run on the example. If they differ by more than rounding, the folds are tried one by one and
     those that make the difference are refused.
