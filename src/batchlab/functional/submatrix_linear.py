@@ -91,8 +91,10 @@ class _Chain(torch.autograd.Function):
         ctx.accepts = [(getattr(w, ACCEPTS, False), getattr(b, ACCEPTS, False)) for w, b, *_ in layers]
         ctx.blocks = []
         saved: list[Tensor | None] = [x]
-        for weight, bias, rows, columns, scale, relu in layers:
-            x, block = kernels.submatrix.linear_forward(x, weight, bias, rows, columns, scale, relu)
+        for index, (weight, bias, rows, columns, scale, relu) in enumerate(layers):
+            # Backward, a block is needed where gradients go on to what is in front of it.
+            below = True in ctx.needs_input_grad[1 : 2 + 2 * index]
+            x, block = kernels.submatrix.linear_forward(x, weight, bias, rows, columns, scale, relu, below)
             ctx.blocks.append(block)
             saved += (weight, bias, x)
         if not layers[-1].relu:
@@ -115,7 +117,7 @@ class _Chain(torch.autograd.Function):
             rows, columns, scale, relu = ctx.layers[index]
             x, weight, bias, output = saved[3 * index : 3 * index + 4]
             place = 2 + 2 * index  # of this layer's weight among the arguments
-            below = any(needed[1:place])
+            below = True in needed[1:place]
             # An optimizer that asks for it multiplies the gradient out itself, where both factors are nobody else's:
             # what a ReLU's gradient is written to, and kept features that were picked out.
             accepts = ctx.accepts[index]
