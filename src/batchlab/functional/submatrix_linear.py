@@ -91,9 +91,10 @@ class _Chain(torch.autograd.Function):
         ctx.accepts = [(getattr(w, ACCEPTS, False), getattr(b, ACCEPTS, False)) for w, b, *_ in layers]
         ctx.blocks = []
         saved: list[Tensor | None] = [x]
+        needed = ctx.needs_input_grad
         for index, (weight, bias, rows, columns, scale, relu) in enumerate(layers):
             # Backward, a block is needed where gradients go on to what is in front of it.
-            below = True in ctx.needs_input_grad[1 : 2 + 2 * index]
+            below = True in needed[1 : 2 + 2 * index]
             x, block = kernels.submatrix.linear_forward(x, weight, bias, rows, columns, scale, relu, below)
             ctx.blocks.append(block)
             saved += (weight, bias, x)
@@ -162,17 +163,15 @@ def _gradients_with_graph(ctx: Any, saved: Sequence[Any], gradient: Tensor) -> A
 
 def _served(x: Tensor, layers: Sequence[KeptLinear]) -> bool:
     """Whether the kernels can do it."""
-    return (
-        x.numel() > 0
-        and not transformed()
-        and not torch.is_autocast_enabled("cpu")
-        and all(
-            weight.dtype == x.dtype
-            and kernels.submatrix.serves(weight)
-            and (bias is None or (bias.dtype == x.dtype and bias.is_contiguous()))
-            for weight, bias, *_ in layers
-        )
-    )
+    dtype = x.dtype
+    if not x.numel() or transformed() or torch.is_autocast_enabled("cpu"):
+        return False
+    for weight, bias, *_ in layers:
+        if weight.dtype != dtype or not kernels.submatrix.serves(weight):
+            return False
+        if bias is not None and not (bias.dtype == dtype and bias.is_contiguous()):
+            return False
+    return True
 
 
 def chain_of_kept(x: Tensor, layers: Sequence[KeptLinear]) -> Tensor:

@@ -44,6 +44,11 @@ struct Kept {
     all = false;
     index = static_cast<const int64_t*>(given->const_data_ptr());
     size = given->numel();
+    bool good = size == 0 || (index[0] >= 0 && index[size - 1] < count);
+    for (int64_t i = 1; i < size; ++i) good &= index[i] > index[i - 1];  // no early end: many at a time
+    if (!good) refuse();
+  }
+  void refuse() const {
     for (int64_t i = 0; i < size; ++i)
       STD_TORCH_CHECK(index[i] >= 0 && index[i] < count && (i == 0 || index[i] > index[i - 1]),
                       "kept indices are sorted, distinct and below ", count, "; number ", i, " is ", index[i]);
@@ -62,12 +67,21 @@ struct Row {
 #endif
 
   Row(const Kept& columns, int64_t inner) : width(columns.count * inner), size(columns.size * inner) {
-    position.reserve(size);
+    position.resize(size);
+    int32_t* next = position.data();
     for (int64_t c = 0; c < columns.size; ++c)
-      for (int64_t i = 0; i < inner; ++i) position.push_back(static_cast<int32_t>(columns[c] * inner + i));
+      for (int64_t i = 0, start = columns[c] * inner; i < inner; ++i) *next++ = static_cast<int32_t>(start + i);
 #ifdef __AVX512F__
     mask.assign((width + 15) / 16, 0);
-    for (int32_t p : position) mask[p >> 4] |= static_cast<uint16_t>(1u << (p & 15));
+    uint32_t bits = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      const int32_t p = position[i];
+      bits |= 1u << (p & 15);
+      if (i + 1 == size || position[i + 1] >> 4 != p >> 4) {
+        mask[p >> 4] = static_cast<uint16_t>(bits);
+        bits = 0;
+      }
+    }
 #endif
   }
 };

@@ -80,9 +80,9 @@ def linear_forward(
     relu: bool,
     block_needed: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """relu(scale · x block^T + bias[rows]) for a compact x (samples, kept inputs), and the block, with which to go back.
+    """relu(scale · x block^T + bias[rows]) for a compact x (samples, kept inputs), and the block.
 
-    The block is weight[rows][:, columns]; it has no rows if only the gradient of x would need it, and nobody does.
+    The block is weight[rows][:, columns], for `linear_backward`; without rows if it is not needed there.
     """
     found: tuple[Tensor, Tensor] = torch.ops.batchlab_submatrix.linear_forward.default(
         x, weight, bias, rows, columns, scale, relu, block_needed

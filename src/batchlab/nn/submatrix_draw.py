@@ -38,6 +38,5 @@ def draw_ahead(steps: list[Step], x: Tensor) -> dict[int, tuple[Tensor, float]]:
             return {}
     patterns = draw_counts(sizes, counts)
     return {
-        index: steps[index].module.keep(kept, size)
-        for index, size, kept in zip(places, sizes, patterns, strict=True)
+        index: steps[index].module.keep(kept, size) for index, size, kept in zip(places, sizes, patterns, strict=True)
     }
