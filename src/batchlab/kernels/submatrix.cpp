@@ -430,23 +430,24 @@ void momentum_step(std::vector<Tensor> weights, std::vector<Tensor> velocities, 
   }
 }
 
-// y += scale x weight[rows][:, columns]^T. Rows are gathered a tile at a time, and multiplied while they are in the
-// cache: into the block, or if nobody needs that afterwards, each into the place of the one before it.
+// y = beta y + scale x weight[rows][:, columns]^T, and the block. If nobody needs that afterwards, a tile of rows at a
+// time is gathered, into the place of the one before; not fewer rows than make up for reading x anew for each tile.
 Tensor add_product(const Tensor& y, const Tensor& input, const Tensor& weight, const Kept& kept, const Kept& columns,
                    double beta, double scale, bool block_needed) {
   const Row row(columns, 1);
   const int64_t batch = input.size(0), width = row.size, element = weight.scalar_type() == ScalarType::Double ? 8 : 4;
-  const int64_t tile = std::min(kept.size, tile_rows(width * element));
+  const int64_t tile =
+      block_needed ? kept.size : std::min(kept.size, std::max<int64_t>(256, tile_rows(width * element)));
   const Tensor memory = Memory::instance().empty({block_needed ? kept.size : tile, width}, weight);
   for (int64_t begin = 0; begin < kept.size; begin += tile) {
-    const int64_t count = std::min(tile, kept.size - begin), place = block_needed ? begin * width : 0;
+    const int64_t count = std::min(tile, kept.size - begin);
     dispatch(weight, [&](auto zero) {
       using T = decltype(zero);
       gather_rows<T>(row, kept, begin, count, static_cast<const T*>(weight.const_data_ptr()),
-                     static_cast<T*>(memory.mutable_data_ptr()) + place);
+                     static_cast<T*>(memory.mutable_data_ptr()));
     });
     const Tensor part = strided(y, {batch, count}, {kept.size, 1}, begin);
-    const Tensor transposed = strided(memory, {width, count}, {1, width}, place);
+    const Tensor transposed = strided(memory, {width, count}, {1, width}, 0);
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_cpu_addmm_out(part.get(), part.get(), input.get(), transposed.get(), beta, scale));
   }
