@@ -91,8 +91,11 @@ class _Chain(torch.autograd.Function):
         ctx.accepts = [(getattr(w, ACCEPTS, False), getattr(b, ACCEPTS, False)) for w, b, *_ in layers]
         ctx.blocks = []
         saved: list[Tensor | None] = [x]
-        for weight, bias, rows, columns, scale, relu in layers:
-            x, block = kernels.submatrix.linear_forward(x, weight, bias, rows, columns, scale, relu)
+        needed = ctx.needs_input_grad
+        for index, (weight, bias, rows, columns, scale, relu) in enumerate(layers):
+            # Backward, a block is needed where gradients go on to what is in front of it.
+            below = True in needed[1 : 2 + 2 * index]
+            x, block = kernels.submatrix.linear_forward(x, weight, bias, rows, columns, scale, relu, below)
             ctx.blocks.append(block)
             saved += (weight, bias, x)
         if not layers[-1].relu:
@@ -115,7 +118,7 @@ class _Chain(torch.autograd.Function):
             rows, columns, scale, relu = ctx.layers[index]
             x, weight, bias, output = saved[3 * index : 3 * index + 4]
             place = 2 + 2 * index  # of this layer's weight among the arguments
-            below = any(needed[1:place])
+            below = True in needed[1:place]
             # An optimizer that asks for it multiplies the gradient out itself, where both factors are nobody else's:
             # what a ReLU's gradient is written to, and kept features that were picked out.
             accepts = ctx.accepts[index]
@@ -160,17 +163,15 @@ def _gradients_with_graph(ctx: Any, saved: Sequence[Any], gradient: Tensor) -> A
 
 def _served(x: Tensor, layers: Sequence[KeptLinear]) -> bool:
     """Whether the kernels can do it."""
-    return (
-        x.numel() > 0
-        and not transformed()
-        and not torch.is_autocast_enabled("cpu")
-        and all(
-            weight.dtype == x.dtype
-            and kernels.submatrix.serves(weight)
-            and (bias is None or (bias.dtype == x.dtype and bias.is_contiguous()))
-            for weight, bias, *_ in layers
-        )
-    )
+    dtype = x.dtype
+    if not x.numel() or transformed() or torch.is_autocast_enabled("cpu"):
+        return False
+    for weight, bias, *_ in layers:
+        if weight.dtype != dtype or not kernels.submatrix.serves(weight):
+            return False
+        if bias is not None and not (bias.dtype == dtype and bias.is_contiguous()):
+            return False
+    return True
 
 
 def chain_of_kept(x: Tensor, layers: Sequence[KeptLinear]) -> Tensor:

@@ -128,15 +128,16 @@ class _Lists:
 
     def take(self, weight: Tensor, velocity: Tensor | None, block: Block) -> bool:
         """Add one weight's step, if the kernel can do it."""
-        if weight.ndim == 0 or not kernels.submatrix.serves(weight):
+        dtype = weight.dtype
+        if not kernels.submatrix.serves(weight) or weight.ndim == 0:
             return False
-        if velocity is not None and not (velocity.is_contiguous() and velocity.dtype == weight.dtype):
+        if velocity is not None and not (velocity.dtype == dtype and velocity.is_contiguous()):
             return False
         if block.factors is not None:
             left, right, scale = block.factors
         else:
             left, right, scale = block.values.contiguous(), None, 1.0
-        if left.dtype != weight.dtype:
+        if left.dtype != dtype:
             return False
         self.weights.append(weight)
         if velocity is not None:

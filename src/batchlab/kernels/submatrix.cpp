@@ -44,11 +44,18 @@ struct Kept {
     all = false;
     index = static_cast<const int64_t*>(given->const_data_ptr());
     size = given->numel();
+    bool good = size == 0 || (index[0] >= 0 && index[size - 1] < count);
+    for (int64_t i = 1; i < size; ++i) good &= index[i] > index[i - 1];  // no early end: many at a time
+    if (!good) refuse();
+  }
+  void refuse() const {
     for (int64_t i = 0; i < size; ++i)
       STD_TORCH_CHECK(index[i] >= 0 && index[i] < count && (i == 0 || index[i] > index[i - 1]),
                       "kept indices are sorted, distinct and below ", count, "; number ", i, " is ", index[i]);
   }
   int64_t operator[](int64_t i) const { return all ? i : index[i]; }
+  // From number i to the one after the next, which is to be fetched meanwhile.
+  int64_t ahead(int64_t i) const { return (*this)[std::min(i + 2, size - 1)] - (*this)[i]; }
 };
 
 // The kept elements of one row of columns x inner.
@@ -60,12 +67,21 @@ struct Row {
 #endif
 
   Row(const Kept& columns, int64_t inner) : width(columns.count * inner), size(columns.size * inner) {
-    position.reserve(size);
+    position.resize(size);
+    int32_t* next = position.data();
     for (int64_t c = 0; c < columns.size; ++c)
-      for (int64_t i = 0; i < inner; ++i) position.push_back(static_cast<int32_t>(columns[c] * inner + i));
+      for (int64_t i = 0, start = columns[c] * inner; i < inner; ++i) *next++ = static_cast<int32_t>(start + i);
 #ifdef __AVX512F__
     mask.assign((width + 15) / 16, 0);
-    for (int32_t p : position) mask[p >> 4] |= static_cast<uint16_t>(1u << (p & 15));
+    uint32_t bits = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      const int32_t p = position[i];
+      bits |= 1u << (p & 15);
+      if (i + 1 == size || position[i + 1] >> 4 != p >> 4) {
+        mask[p >> 4] = static_cast<uint16_t>(bits);
+        bits = 0;
+      }
+    }
 #endif
   }
 };
@@ -80,17 +96,16 @@ class Memory {
     return *memory;
   }
 
-  Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like) {
+  Tensor empty(const std::vector<int64_t>& shape, const Tensor& like) {
     int64_t count = 1;
-    std::vector<int64_t> strides(sizes.size());
-    for (size_t d = sizes.size(); d-- > 0;) {
+    std::vector<int64_t> strides(shape.size());
+    for (size_t d = shape.size(); d-- > 0;) {
       strides[d] = count;
-      count *= sizes.begin()[d];
+      count *= shape[d];
     }
     const int64_t element = like.scalar_type() == ScalarType::Double ? 8 : 4;
     const int64_t bytes = rounded(count * element);
     void* data = take(bytes);
-    const std::vector<int64_t> shape(sizes);
     return torch::stable::from_blob(data, shape, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                     like.scalar_type(), [this, bytes](void* freed) { give(freed, bytes); });
   }
@@ -156,8 +171,10 @@ struct Momentum {
   bool nesterov;
 };
 
+// Rows that take part lie scattered in memory, where the processor's own prefetching starts anew at each of them: while
+// a row is worked on, the one `ahead` elements further is fetched.
 template <typename T>
-void gather_row(const Row& row, const T* source, T* target) {
+void gather_row(const Row& row, const T* source, T* target, int64_t) {
   for (int64_t i = 0; i < row.size; ++i) target[i] = source[row.position[i]];
 }
 
@@ -169,7 +186,7 @@ void scatter_row(const Row& row, const T* source, T* target) {
 
 // g = gradient + decay w;  v = momentum v + g;  w = w - rate (nesterov ? g + momentum v : v)
 template <typename T>
-void step_row(const Row& row, T* weight, T* velocity, const T* gradient, const Momentum& step) {
+void step_row(const Row& row, T* weight, T* velocity, const T* gradient, const Momentum& step, int64_t) {
   const T rate = T(step.rate), momentum = T(step.momentum), decay = T(step.decay);
   for (int64_t i = 0; i < row.size; ++i) {
     const int64_t p = row.position[i];
@@ -187,11 +204,12 @@ void step_row(const Row& row, T* weight, T* velocity, const T* gradient, const M
 inline __mmask16 first(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xFFFF : (1u << n) - 1); }
 
 template <>
-void gather_row<float>(const Row& row, const float* source, float* target) {
+void gather_row<float>(const Row& row, const float* source, float* target, int64_t ahead) {
   const float* end = target + row.size;
   const int64_t chunks = static_cast<int64_t>(row.mask.size());
   for (int64_t c = 0; c < chunks; ++c) {
     const __mmask16 mask = row.mask[c];
+    __builtin_prefetch(source + ahead + 16 * c);
     // Masked-out lanes are never read, so the last chunk may reach over the row's end.
     const __m512 kept = _mm512_maskz_compress_ps(mask, _mm512_maskz_loadu_ps(mask, source + 16 * c));
     const int n = __builtin_popcount(mask);
@@ -217,7 +235,8 @@ void scatter_row<float>(const Row& row, const float* source, float* target) {
 }
 
 template <>
-void step_row<float>(const Row& row, float* weight, float* velocity, const float* gradient, const Momentum& step) {
+void step_row<float>(const Row& row, float* weight, float* velocity, const float* gradient, const Momentum& step,
+                     int64_t ahead) {
   const float* end = gradient + row.size;
   const __m512 rate = _mm512_set1_ps(static_cast<float>(step.rate));
   const __m512 momentum = _mm512_set1_ps(static_cast<float>(step.momentum));
@@ -225,6 +244,8 @@ void step_row<float>(const Row& row, float* weight, float* velocity, const float
   const int64_t chunks = static_cast<int64_t>(row.mask.size());
   for (int64_t c = 0; c < chunks; ++c) {
     const __mmask16 mask = row.mask[c];
+    __builtin_prefetch(weight + ahead + 16 * c, 1);
+    if (velocity) __builtin_prefetch(velocity + ahead + 16 * c, 1);
     const __m512 w = _mm512_maskz_loadu_ps(mask, weight + 16 * c);
     const __m512 g = _mm512_fmadd_ps(decay, w, expand(mask, gradient, end));
     gradient += __builtin_popcount(mask);
@@ -271,18 +292,27 @@ void over_rows(int64_t rows, int64_t width, const F& body) {
   });
 }
 
+// Kept rows `begin` to `begin + count`, of kept columns.
+template <typename T>
+void gather_rows(const Row& row, const Kept& kept, int64_t begin, int64_t count, const T* source, T* target) {
+  over_rows(count, row.width, [&](int64_t i) {
+    const T* first = source + kept[begin + i] * row.width;
+    gather_row<T>(row, first, target + i * row.size, kept.ahead(begin + i) * row.width);
+  });
+}
+
 Tensor gather(const Tensor& weight, const std::optional<Tensor>& rows, const std::optional<Tensor>& columns) {
   const Shape shape = shape_of(weight);
   const Kept kept(rows, shape.rows);
   const Kept kept_columns(columns, shape.columns);
   const Row row(kept_columns, shape.inner);
-  Tensor block = Memory::instance().empty({kept.size, kept_columns.size, shape.inner}, weight);
+  std::vector<int64_t> sizes{kept.size, kept_columns.size};
+  for (int64_t d = 2; d < weight.dim(); ++d) sizes.push_back(weight.size(d));
+  Tensor block = Memory::instance().empty(sizes, weight);
   dispatch(weight, [&](auto zero) {
     using T = decltype(zero);
-    const T* source = static_cast<const T*>(weight.const_data_ptr());
-    T* target = static_cast<T*>(block.mutable_data_ptr());
-    over_rows(kept.size, row.width,
-              [&](int64_t i) { gather_row<T>(row, source + kept[i] * row.width, target + i * row.size); });
+    gather_rows<T>(row, kept, 0, kept.size, static_cast<const T*>(weight.const_data_ptr()),
+                   static_cast<T*>(block.mutable_data_ptr()));
   });
   return block;
 }
@@ -328,17 +358,22 @@ void product(const Tensor& out, const Tensor& a, const Tensor& b, double scale) 
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 0.0, scale));
 }
 
-// The gradient of kTile bytes of rows at a time, used while it is in the cache: it never goes to memory.
+// Rows of a tile that stays in the cache while it is used.
+int64_t tile_rows(int64_t row_bytes) {
+  constexpr int64_t kTile = 1 << 19;
+  return std::max<int64_t>(16, kTile / std::max<int64_t>(1, row_bytes) / 16 * 16);
+}
+
+// The gradient of a tile of rows at a time, used while it is in the cache: it never goes to memory.
 void step_factors(const Tensor& weight, const std::optional<Tensor>& velocity, const Factors& factors, const Kept& kept,
                   const Row& row, const Momentum& step) {
-  constexpr int64_t kTile = 1 << 19;
   const int64_t batch = factors.left.size(0);
   STD_TORCH_CHECK(factors.left.size(1) == kept.size && factors.right.size(1) == row.size &&
                       factors.right.size(0) == batch && factors.left.is_contiguous(),
                   "the gradient's factors are (samples x kept rows) and (samples x kept columns)");
   dispatch(weight, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t tile = std::max<int64_t>(16, kTile / std::max<int64_t>(1, row.size * sizeof(T)) / 16 * 16);
+    const int64_t tile = tile_rows(row.size * sizeof(T));
     const Tensor buffer = Memory::instance().empty({std::min(tile, kept.size), row.size}, weight);
     T* w = static_cast<T*>(weight.mutable_data_ptr());
     T* v = velocity ? static_cast<T*>(velocity->mutable_data_ptr()) : nullptr;
@@ -349,7 +384,8 @@ void step_factors(const Tensor& weight, const std::optional<Tensor>& velocity, c
               strided(factors.left, {count, batch}, {1, kept.size}, begin), factors.right, factors.scale);
       over_rows(count, row.width, [&](int64_t i) {
         const int64_t offset = kept[begin + i] * row.width;
-        step_row<T>(row, w + offset, v ? v + offset : nullptr, g + i * row.size, step);
+        step_row<T>(row, w + offset, v ? v + offset : nullptr, g + i * row.size, step,
+                    kept.ahead(begin + i) * row.width);
       });
     }
   });
@@ -376,7 +412,7 @@ void step_one(const Tensor& weight, const std::optional<Tensor>& velocity, const
     const T* g = static_cast<const T*>(gradient.const_data_ptr());
     over_rows(kept.size, row.width, [&](int64_t i) {
       const int64_t offset = kept[i] * row.width;
-      step_row<T>(row, w + offset, v ? v + offset : nullptr, g + i * row.size, step);
+      step_row<T>(row, w + offset, v ? v + offset : nullptr, g + i * row.size, step, kept.ahead(i) * row.width);
     });
   });
 }
@@ -394,19 +430,40 @@ void momentum_step(std::vector<Tensor> weights, std::vector<Tensor> velocities, 
   }
 }
 
-// y = relu(scale x block^T + bias[rows]), and the block = weight[rows][:, columns] for the way back.
+// y = beta y + scale x weight[rows][:, columns]^T, and the block. If nobody needs that afterwards, a tile of rows at a
+// time is gathered, into the place of the one before; not fewer rows than make up for reading x anew for each tile.
+Tensor add_product(const Tensor& y, const Tensor& input, const Tensor& weight, const Kept& kept, const Kept& columns,
+                   double beta, double scale, bool block_needed) {
+  const Row row(columns, 1);
+  const int64_t batch = input.size(0), width = row.size, element = weight.scalar_type() == ScalarType::Double ? 8 : 4;
+  const int64_t tile =
+      block_needed ? kept.size : std::min(kept.size, std::max<int64_t>(256, tile_rows(width * element)));
+  const Tensor memory = Memory::instance().empty({block_needed ? kept.size : tile, width}, weight);
+  for (int64_t begin = 0; begin < kept.size; begin += tile) {
+    const int64_t count = std::min(tile, kept.size - begin);
+    dispatch(weight, [&](auto zero) {
+      using T = decltype(zero);
+      gather_rows<T>(row, kept, begin, count, static_cast<const T*>(weight.const_data_ptr()),
+                     static_cast<T*>(memory.mutable_data_ptr()));
+    });
+    const Tensor part = strided(y, {batch, count}, {kept.size, 1}, begin);
+    const Tensor transposed = strided(memory, {width, count}, {1, width}, 0);
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu_addmm_out(part.get(), part.get(), input.get(), transposed.get(), beta, scale));
+  }
+  return block_needed ? memory : Memory::instance().empty({0, width}, weight);
+}
+
+// y = relu(scale x block^T + bias[rows]), and the block = weight[rows][:, columns] for the way back, without rows if it
+// is not needed there.
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                                           const std::optional<Tensor>& rows, const std::optional<Tensor>& columns,
-                                          double scale, bool relu) {
-  const Kept kept(rows, weight.size(0));
-  Tensor block = weight;
-  if (rows || columns) {
-    block = gather(weight, rows, columns);
-    block = torch::stable::view(block, {block.size(0), block.size(1)});
-  }
+                                          double scale, bool relu, bool block_needed) {
+  const Shape shape = shape_of(weight);
+  const Kept kept(rows, shape.rows), kept_columns(columns, shape.columns);
   const int64_t batch = input.size(0), count = kept.size;
-  STD_TORCH_CHECK(input.dim() == 2 && input.size(1) == block.size(1), "the input has ", input.size(1),
-                  " features, and the linear layer takes ", block.size(1), " of ", weight.size(1));
+  STD_TORCH_CHECK(input.dim() == 2 && input.size(1) == kept_columns.size && shape.inner == 1, "the input has ",
+                  input.size(1), " features, and the linear layer takes ", kept_columns.size, " of ", shape.columns);
   if (bias) check_block(*bias, weight, weight.size(0));
   Tensor y = Memory::instance().empty({batch, count}, weight);
   dispatch(weight, [&](auto zero) {
@@ -419,9 +476,14 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& input, const Tensor& wei
       for (int64_t n = 1; n < batch; ++n) std::copy(out, out + count, out + n * count);
     }
   });
-  const Tensor transposed = strided(block, {block.size(1), count}, {1, block.size(1)}, 0);
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(y.get(), y.get(), input.get(), transposed.get(), bias ? 1.0 : 0.0, scale));
+  Tensor block = weight;
+  if (rows || columns) {
+    block = add_product(y, input, weight, kept, kept_columns, bias ? 1.0 : 0.0, scale, block_needed);
+  } else {
+    const Tensor transposed = strided(weight, {shape.columns, count}, {1, shape.columns}, 0);
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu_addmm_out(y.get(), y.get(), input.get(), transposed.get(), bias ? 1.0 : 0.0, scale));
+  }
   if (relu)
     dispatch(weight, [&](auto zero) {
       using T = decltype(zero);
@@ -485,7 +547,11 @@ Tensor sorted_first(const Tensor& order, int64_t count) {
     STD_TORCH_CHECK(source[i] >= 0 && source[i] < n, "entries of a permutation are from 0 to ", n - 1);
     chosen[source[i]] = 1;
   }
-  Tensor kept = torch::stable::new_empty(order, {count});
+  AtenTensorHandle handle;
+  const int64_t stride = 1;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &count, &stride, aoti_torch_dtype_int64(),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  const Tensor kept(handle);
   int64_t* target = static_cast<int64_t*>(kept.mutable_data_ptr());
   int64_t found = 0;
   for (int64_t i = 0; i < n && found < count; ++i) {
@@ -494,6 +560,19 @@ Tensor sorted_first(const Tensor& order, int64_t count) {
   }
   STD_TORCH_CHECK(found == count, "a permutation has every entry once");
   return kept;
+}
+
+// Patterns of several dropouts, one after the other from torch's default generator, as torch.randperm would draw them.
+std::vector<Tensor> draw(std::vector<int64_t> sizes, std::vector<int64_t> counts) {
+  STD_TORCH_CHECK(sizes.size() == counts.size(), "a count for each size");
+  std::vector<Tensor> patterns;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    int32_t dtype = aoti_torch_dtype_int64();
+    AtenTensorHandle order;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_randperm(sizes[i], &dtype, nullptr, nullptr, 0, nullptr, &order));
+    patterns.push_back(sorted_first(Tensor(order), counts[i]));
+  }
+  return patterns;
 }
 
 }  // namespace
@@ -506,13 +585,14 @@ STABLE_TORCH_LIBRARY(batchlab_submatrix, m) {
       "momentum_step(Tensor(a!)[] weights, Tensor(b!)[] velocities, Tensor[] gradients, Tensor?[] right, "
       "float[] scales, Tensor?[] rows, Tensor?[] columns, float rate, float momentum, float decay, bool nesterov) -> ()");
   m.def(
-      "linear_forward(Tensor input, Tensor weight, Tensor? bias, Tensor? rows, Tensor? columns, float scale, bool relu) "
-      "-> (Tensor, Tensor)");
+      "linear_forward(Tensor input, Tensor weight, Tensor? bias, Tensor? rows, Tensor? columns, float scale, bool relu, "
+      "bool block_needed) -> (Tensor, Tensor)");
   m.def(
       "linear_backward(Tensor gradient, Tensor input, Tensor block, Tensor? output, float scale, bool input_needed, "
       "bool block_needed, bool bias_needed) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("release_memory() -> int");
   m.def("sorted_first(Tensor order, int count) -> Tensor");
+  m.def("draw(int[] sizes, int[] counts) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(batchlab_submatrix, CPU, m) {
@@ -526,4 +606,5 @@ STABLE_TORCH_LIBRARY_IMPL(batchlab_submatrix, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(batchlab_submatrix, CompositeExplicitAutograd, m) {
   m.impl("release_memory", TORCH_BOX(&release_memory));
+  m.impl("draw", TORCH_BOX(&draw));
 }

@@ -21,6 +21,7 @@ from batchlab.kernels.build import build
 
 __all__ = [
     "available",
+    "draw",
     "gather",
     "linear_backward",
     "linear_forward",
@@ -58,8 +59,7 @@ def serves(weight: Tensor) -> bool:
 
 def gather(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
     """weight[rows][:, columns], contiguous; None keeps all."""
-    block: Tensor = torch.ops.batchlab_submatrix.gather.default(weight, rows, columns)
-    return block.view(*block.shape[:2], *weight.shape[2:])
+    return torch.ops.batchlab_submatrix.gather.default(weight, rows, columns)  # type: ignore[no-any-return]
 
 
 def scatter(block: Tensor, rows: Tensor | None, columns: Tensor | None, shape: torch.Size) -> Tensor:
@@ -78,10 +78,14 @@ def linear_forward(
     columns: Tensor | None,
     scale: float,
     relu: bool,
+    block_needed: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """relu(scale · x block^T + bias[rows]) for a compact x (samples, kept inputs), and weight[rows][:, columns]."""
+    """relu(scale · x block^T + bias[rows]) for a compact x (samples, kept inputs), and the block.
+
+    The block is weight[rows][:, columns], for `linear_backward`; without rows if it is not needed there.
+    """
     found: tuple[Tensor, Tensor] = torch.ops.batchlab_submatrix.linear_forward.default(
-        x, weight, bias, rows, columns, scale, relu
+        x, weight, bias, rows, columns, scale, relu, block_needed
     )
     return found
 
@@ -130,3 +134,8 @@ def momentum_step(
 def sorted_first(order: Tensor, count: int) -> Tensor:
     """The first `count` entries of a permutation, sorted."""
     return torch.ops.batchlab_submatrix.sorted_first.default(order, count)  # type: ignore[no-any-return]
+
+
+def draw(sizes: Sequence[int], counts: Sequence[int]) -> list[Tensor]:
+    """`sorted_first(torch.randperm(size), count)` for each size and count, in one call."""
+    return torch.ops.batchlab_submatrix.draw.default(sizes, counts)  # type: ignore[no-any-return]

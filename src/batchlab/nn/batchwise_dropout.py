@@ -100,6 +100,10 @@ class BatchwiseDropout(nn.Module):
             kept = _own(draw(num_features, self.p, self.exact, self.generator))
         if kept.device != device:
             kept = kept.to(device, non_blocking=True)
+        return self.keep(kept, num_features)
+
+    def keep(self, kept: Tensor, num_features: int) -> tuple[Tensor, float]:
+        """Remember a batch's pattern; returns it, and the factor of the kept."""
         if torch.compiler.is_compiling():
             self.kept = kept
         else:

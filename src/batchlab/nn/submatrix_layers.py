@@ -87,12 +87,13 @@ class Step(NamedTuple):
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward, or something else."""
+    own = module.__dict__  # every module of every batch is asked
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
     )
 
 
@@ -127,7 +128,10 @@ def flatten(container: nn.Sequential, chains: frozenset[type], prefix: str = "")
     """
     steps = []
     for name, module in container._modules.items():
-        if type(module) in chains and isinstance(module, nn.Sequential) and not has_hooks(module):
+        fixed = FIXED_KINDS.get(type(module))
+        if fixed is not None:  # most of them: without a further look
+            steps.append(Step(prefix + name, module, "opaque" if has_hooks(module) else fixed))
+        elif type(module) in chains and isinstance(module, nn.Sequential) and not has_hooks(module):
             steps += flatten(module, chains, f"{prefix}{name}.")
         elif module is not None:
             steps.append(Step(prefix + name, module, kind_of(module)))

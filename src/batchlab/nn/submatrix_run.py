@@ -13,6 +13,7 @@ from batchlab.functional.submatrix import select_features, submatrix, touched
 from batchlab.functional.submatrix_linear import KeptLinear, chain_of_kept
 from batchlab.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchlab.nn.batchwise_dropout import BatchwiseDropout, apply_mask
+from batchlab.nn.submatrix_draw import draw_ahead
 from batchlab.nn.submatrix_layers import (
     Step,
     convolution_dimensions,
@@ -214,12 +215,11 @@ def _pass_on(a: Compact, module: Any, kind: str) -> None:
     a.x = module(a.x)
 
 
-def _draw_here(a: Compact, module: BatchwiseDropout) -> tuple[Tensor, float]:
-    """Draw a pattern that no layer in front of it could use."""
+def _prepare(a: Compact, module: BatchwiseDropout) -> None:
+    """Get all features, for a dropout whose pattern no layer in front of it could use."""
     a.expand()
     a.dim = module.feature_dim(a.x)
     a.num_features = a.x.shape[a.dim]
-    return module.draw(a.num_features, a.x.device)
 
 
 def _drop(a: Compact, kept: Tensor, scale: float) -> None:
@@ -254,7 +254,8 @@ def run_submatrix(steps: list[Step], x: Tensor) -> Tensor:
     Where a pattern keeps nothing, the rest of the chain is masked: layers refuse tensors without features.
     """
     a = Compact(x)
-    drawn: dict[int, tuple[Tensor, float]] = {}
+    drawn = draw_ahead(steps, x)
+    ahead: int | None = None  # the dropout whose features the last linear or convolution layer left out
     relu = False
     for index, (_, module, kind) in enumerate(steps):
         if relu:  # done with the layer before it
@@ -267,7 +268,8 @@ def run_submatrix(steps: list[Step], x: Tensor) -> Tensor:
             rows = None
             ahead = dropout_ahead(steps, index, a.ndim, dim)
             if ahead is not None:
-                drawn[ahead] = steps[ahead].module.draw(num_outputs(module, kind), a.device)
+                if ahead not in drawn:
+                    drawn[ahead] = steps[ahead].module.draw(num_outputs(module, kind), a.device)
                 rows = drawn[ahead][0]
                 if not rows.shape[0]:
                     return _masked_from(steps, a, index, drawn)
@@ -278,8 +280,10 @@ def run_submatrix(steps: list[Step], x: Tensor) -> Tensor:
             if not module.active:
                 _skip(a, module)
                 continue
-            if index not in drawn:
-                drawn[index] = _draw_here(a, module)
+            if index != ahead:
+                _prepare(a, module)
+                if index not in drawn:
+                    drawn[index] = module.draw(a.num_features, a.device)
                 if not drawn[index][0].shape[0]:
                     return _masked_from(steps, a, index, drawn)
             _drop(a, *drawn.pop(index))
@@ -307,7 +311,7 @@ def run_masked(
         drawn: patterns that are drawn already, and their factors.
         columns: what the last dropout kept, and the dimension it is in.
     """
-    drawn = {} if drawn is None else drawn
+    drawn = draw_ahead(steps, x) if drawn is None else drawn
     rows: Tensor | None = None
     for index in range(start, len(steps)):
         _, module, kind = steps[index]

@@ -93,7 +93,7 @@ class SubmatrixSequential(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Run the chain."""
         steps = self.steps()
-        active = [module for _, module, kind in steps if kind == "dropout" and module.active]
+        active = [module for _, module, kind in steps if kind == "dropout" and module.training and module.p > 0]
         if not active:
             return super().forward(x)  # type: ignore[no-untyped-call, no-any-return]
         mode = self._mode
