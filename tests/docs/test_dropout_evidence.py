@@ -138,11 +138,8 @@ def test_the_card_quotes_the_recorded_sweep() -> None:
     assert not any(record["environment"]["commit"].endswith("+") for record in records)
     found = {(record["case"], p): values[0] for record in records for p, values in record["ratio"].items()}
     assert len(found) == 18 * 6
-    corners = {
-        p: found.pop((case, p))
-        for case, p in list(found)
-        if "-32-32-" in case and "dropout 0," in case and p in ("0.05", "0.1")
-    }
     card = one_line(ROOT / "docs" / "cards" / "batchwise_dropout.md")
     assert f"took {min(found.values()):.2f} to {max(found.values()):.2f} times as long" in card
-    assert f"{corners['0.05']:.2f} times at p = 0.05 and {corners['0.1']:.2f} times at p = 0.1" in card
+    assert max(found.values()) < 1
+    even = [case for case, value in found.items() if value > 0.94]
+    assert all("-32-32-" in case and p in ("0.05", "0.1") for case, p in even)
