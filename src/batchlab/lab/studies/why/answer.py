@@ -50,6 +50,16 @@ def compared(ratio: Estimate | None) -> str:
     return f"{'larger' if ratio.mean > 1 else 'smaller'} ({interval})"
 
 
+def _verdict(ratio: Estimate | None) -> str:
+    if ratio is None:
+        return "not measured"
+    if math.isnan(ratio.low):
+        return "one seed cannot tell"
+    if not _is_clear(ratio):
+        return "not clearly"
+    return "no, it is larger" if ratio.mean > 1 else "yes"
+
+
 def ratio_of(
     summary: Summary, network: str, normalization: str, measure: str, rates: str = "own", window: str = "same loss"
 ) -> Estimate | None:
@@ -107,21 +117,23 @@ def _faster_with_more_shift(summary: Summary) -> str:
 def answer(settings: WhySettings, summary: Summary) -> list[str]:
     """The sentences that open the report: the shift; noise; the landscape."""
     high, low = settings.losses
+    shift = "batch_norm", "relative_shift"
+    verdicts = [_verdict(ratio_of(summary, network, *shift)) for network in NETWORKS]
+    learned = "; ".join(_steps(summary, network) for network in NETWORKS)
     return [
-        "Internal covariate shift, measured as the share by which a layer's gradient changes when the layers in front "
-        "of it take their next step: compared with no normalization it is with batch norm "
-        f"{_all(summary, 'batch_norm', 'relative_shift')}, each at its own best rate, while the training loss is "
-        f"between {high:g} and {low:g}. In the first tenth of training it is "
-        f"{_all(summary, 'batch_norm', 'relative_shift', window='early')}; in the second half "
-        f"{_all(summary, 'batch_norm', 'relative_shift', window='late')}.",
-        "With noise behind batch norm whose distribution is drawn anew in each step, the shift from one step to the "
-        f"next is {_all(summary, 'noisy_batch_norm', 'relative_shift_anew')}, compared with no normalization. "
-        + "; ".join(_steps(summary, network) for network in NETWORKS)
-        + f". {_faster_with_more_shift(summary)}",
-        "What the step finds along its way, at one common learning rate and the same training loss: the largest change "
-        "of the gradient between a half and four times the gradient step is with batch norm "
+        "Does batch norm reduce internal covariate shift? By how much a layer's gradient changes, relative to itself, "
+        f"when the layers in front of it take their next step: {_in_networks(verdicts)}. Compared with no "
+        f"normalization this change is {_all(summary, *shift)}, each arm at its own best rate, while the training loss "
+        f"is between {high:g} and {low:g}. In the first tenth of training it is "
+        f"{_all(summary, *shift, window='early')}; in the second half {_all(summary, *shift, window='late')}. With all "
+        f"arms at one rate, at that training loss, it is {_all(summary, *shift, rates='common')}.",
+        "With noise behind batch norm whose distribution is drawn anew in each step, the change from one step to the "
+        f"next, noise included, is {_all(summary, 'noisy_batch_norm', 'relative_shift_anew')}, compared with no "
+        f"normalization. {learned[0].upper()}{learned[1:]}. {_faster_with_more_shift(summary)}",
+        "What else batch norm changes is the way along the gradient. With all arms at one rate, at the same training "
+        "loss, the largest change of the gradient between a half and four times the gradient step is "
         f"{_all(summary, 'batch_norm', 'change', 'common')}, and the effective β-smoothness "
-        f"{_all(summary, 'batch_norm', 'smoothness', 'common')}; with noisy batch norm that is "
+        f"{_all(summary, 'batch_norm', 'smoothness', 'common')}; with noisy batch norm the β-smoothness is "
         f"{_all(summary, 'noisy_batch_norm', 'smoothness', 'common')}.",
     ]
 

@@ -103,10 +103,11 @@ def figures(finished: Finished, summary: Summary) -> dict[str, str]:
                 "change of the gradient along itself",
                 f"Range of the gradient's change along the gradient against training steps, {title}, {at}",
             )
-            drawn[f"smoothness-{rates}-{network}"] = _draw(
-                f"smoothness-{rates}-{network}",
-                {label: _line(found, "smoothness") for label, found in runs.items()},
-                "effective β-smoothness",
-                f"Effective smoothness against training steps, {title}, {at}",
-            )
+            if rates == "own":
+                drawn[f"smoothness-{rates}-{network}"] = _draw(
+                    f"smoothness-{rates}-{network}",
+                    {label: _line(found, "smoothness") for label, found in runs.items()},
+                    "effective β-smoothness",
+                    f"Effective smoothness against training steps, {title}, {at}",
+                )
     return drawn
