@@ -58,7 +58,7 @@ class WhySettings(ComparisonSettings):
     seeds: int = 5
     rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
     search_steps: int = 1_500
-    search_seeds: int = 2
+    search_seeds: int = 1
     widths: tuple[int, ...] = (100, 100, 100)
     relu_widths: tuple[int, ...] = (100, 100, 100, 100)
     weight_std: float = 0.1
@@ -80,6 +80,6 @@ class WhySettings(ComparisonSettings):
 
 SIZES: Final[dict[str, WhySettings]] = {
     "full": WhySettings(),
-    "demo": WhySettings(steps=1_500, seeds=3, rates=(0.03, 0.1, 0.3, 1.0), search_steps=500, search_seeds=1),
-    "quick": WhySettings(steps=250, seeds=2, rates=(0.1, 0.3), search_steps=60, search_seeds=1, spacing=0.2),
+    "demo": WhySettings(steps=1_500, seeds=3, rates=(0.03, 0.1, 0.3, 1.0), search_steps=500),
+    "quick": WhySettings(steps=250, seeds=2, rates=(0.1, 0.3), search_steps=60, spacing=0.2),
 }
