@@ -62,13 +62,17 @@ def _picked(line: Mapping[str, Any], pick: Callable[[Sequence[float]], float]) -
 
 
 def _draw(name: str, lines: Mapping[str, Line | None], y_label: str, description: str) -> str:
+    shown = {label: line for label, line in lines.items() if line is not None}
+    middles = [value for line in shown.values() for value in line.y]
     return line_figure(
         name,
-        {label: line for label, line in lines.items() if line is not None},
+        shown,
         x_label="training steps",
         y_label=y_label,
         log_x=True,
         log_y=True,
+        # The interval of a single measurement may be wide: it must not hide the lines.
+        limits=(min(middles) / 4, max(middles) * 4) if middles else (None, None),
         description=description,
     )
 
