@@ -23,6 +23,7 @@ from torch import Tensor
 
 from batchlab.lab.data import Dataset, hold_out, load_dataset
 from batchlab.lab.files import locked, read_json, write_bytes, write_json, write_text
+from batchlab.lab.landscape import landscape
 from batchlab.lab.measures import learned_slopes, variance_shifts
 from batchlab.lab.networks import MLP, ConvolutionalNetwork, build
 from batchlab.lab.optimizers import follow, make_optimizer, prepare
@@ -33,6 +34,7 @@ from batchlab.lab.training import (
     batch_order,
     evaluate,
     evaluation_steps,
+    learning_rate,
     prepare_images,
     train,
 )
@@ -120,7 +122,12 @@ def _load_checkpoint(path: Path, network: Network, optimizer: torch.optim.Optimi
 
 
 def _measure(
-    settings: RunSettings, network: Network, inputs: RunInput, step: int, train_loss: float | None
+    settings: RunSettings,
+    network: Network,
+    optimizer: torch.optim.Optimizer,
+    inputs: RunInput,
+    step: int,
+    train_loss: float | None,
 ) -> dict[str, Any]:
     loss, accuracy = evaluate(network, inputs.held_out_images, inputs.held_out_labels)
     line: dict[str, Any] = {"step": step, "train_loss": train_loss, "loss": loss, "accuracy": accuracy}
@@ -130,6 +137,11 @@ def _measure(
     if settings.probe_units:
         probe = inputs.held_out_images[: PROBE_IMAGES - PROBE_IMAGES % settings.batch_size]
         line["percentiles"] = activation_percentiles(network, probe, settings.batch_size, settings.probe_units)
+    if settings.landscape:
+        coming = next(batch_order(len(inputs.train_labels), settings.batch_size, settings.seed, step, step + 1))
+        batch = inputs.train_images[coming], inputs.train_labels[coming]
+        rate = learning_rate(settings.optimizer, min(step, settings.steps - 1), settings.steps)
+        line["landscape"] = landscape(network, optimizer, *batch, rate)
     return line
 
 
@@ -249,7 +261,7 @@ def _run_locked(
             if not math.isfinite(train_loss):
                 status = "diverged"
                 break
-            state.metrics.append(_measure(settings, network, inputs, goal, train_loss if goal else None))
+            state.metrics.append(_measure(settings, network, optimizer, inputs, goal, train_loss if goal else None))
             stream.write(_lines(state.metrics[-1:]))
             stream.flush()
             if on_evaluation is not None:

@@ -218,6 +218,8 @@ class RunSettings:
         training_errors: whether each evaluation counts the training images that are recognized wrongly, too.
         variance_shift: whether the end of the run records, for each batch norm, how far the variance that it
             normalizes by is from the one that it meets in evaluation.
+        landscape: whether each evaluation measures how far the next step shifts what each layer gets, and how the loss
+            behaves along the gradient, see `batchlab.lab.landscape`; training is the same to the last bit.
     """
 
     data: DataSettings = field(default_factory=DataSettings)
@@ -231,6 +233,7 @@ class RunSettings:
     evaluate_every: int = 0
     training_errors: bool = False
     variance_shift: bool = False
+    landscape: bool = False
 
     def __post_init__(self) -> None:
         _require(self.steps > 0, "steps", self.steps, "above 0")
@@ -243,6 +246,13 @@ class RunSettings:
             "probe_units",
             self.probe_units,
             f"0 to {self.network.widths[-1]}, the units of the last hidden layer",
+        )
+        plain = self.network.dropout.kind == "none" and self.network.factorization == "none"
+        _require(
+            not self.landscape or (plain and self.optimizer.algorithm == "sgd"),
+            "landscape",
+            self.landscape,
+            "False with dropout, with factored layers and with another algorithm than sgd",
         )
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from batchlab.lab.records import RunRecord, read_record
 from batchlab.lab.report import Page, Table
+from batchlab.lab.settings import RunSettings
 from batchlab.lab.studies.ending import command_for
 from batchlab.lab.studies.search import Arms, Scores, arm_records, choose_rates, final_plan, search_plan
 from batchlab.lab.studies.settings import ComparisonSettings
@@ -43,9 +44,13 @@ class Finished:
         """How many images the final runs train on."""
         return int(self.data["training_images"])
 
-    def runs(self, arm: str) -> list[RunRecord]:
-        """The final runs of an arm at its own best rate, by seed."""
-        return arm_records(self.settings, self.records, arm, self.chosen[arm])
+    def runs(self, arm: str, rate: float | None = None) -> list[RunRecord]:
+        """The final runs of an arm at a rate, by seed; None: at its own best rate."""
+        return arm_records(self.settings, self.records, arm, self.chosen[arm] if rate is None else rate)
+
+
+def _no_more(_: Mapping[str, float]) -> Sequence[tuple[str, float]]:
+    return ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Comparison:
         figures: name -> SVG.
         build_page: the report, from the summary, the command that repeats the study, and the figures.
         ending: title, table and sentences for the console.
+        also: chosen rates -> further pairs of an arm and a rate that it is trained at.
     """
 
     name: str
@@ -73,6 +79,11 @@ class Comparison:
     figures: Callable[[Finished, Any], dict[str, str]]
     build_page: Callable[[Finished, Any, str, dict[str, str]], Page]
     ending: Callable[[Finished, Any], tuple[str, Table, Sequence[str]]]
+    also: Callable[[Mapping[str, float]], Sequence[tuple[str, float]]] = _no_more
+
+    def final_plan(self, settings: Any, chosen: Mapping[str, float]) -> dict[str, RunSettings]:
+        """The final runs, given the chosen rates."""
+        return final_plan(settings, self.arms(settings), [*chosen.items(), *self.also(chosen)])
 
 
 def read_finished(comparison: Comparison, folder: Path) -> Finished:
@@ -86,7 +97,7 @@ def read_finished(comparison: Comparison, folder: Path) -> Finished:
     plan = search_plan(settings, arms, int(data["training_images"]))
     records = {name: read_record(folder / name) for name in plan}
     chosen, scores = choose_rates(settings, arms, records)
-    records |= {name: read_record(folder / name) for name in final_plan(settings, arms, chosen.items())}
+    records |= {name: read_record(folder / name) for name in comparison.final_plan(settings, chosen)}
     return Finished(settings, data, records, chosen, scores)
 
 
@@ -101,7 +112,7 @@ def comparison_study(comparison: Comparison) -> Study:
         with open_folder(workplace.folder, study, settings, workplace.dataset):
             search = complete(workplace, plan, "1/2 choosing learning rates")
             chosen, _ = choose_rates(settings, arms, search)
-            complete(workplace, final_plan(settings, arms, chosen.items()), "2/2 training             ")
+            complete(workplace, comparison.final_plan(settings, chosen), "2/2 training             ")
             return report(workplace.folder, workplace.console)
 
     def read(folder: Path) -> Outcome:

@@ -38,6 +38,7 @@ def search_plan(settings: ComparisonSettings, arms: Arms, training_images: int) 
             _at(arm, rate, seed, settings.search_steps),
             data=replace(arm.data, validation=validation),
             probe_units=0,
+            landscape=False,
         )
         for rate in settings.rates
         for seed in range(SEARCH_SEED, SEARCH_SEED + settings.search_seeds)
