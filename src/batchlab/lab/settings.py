@@ -218,6 +218,9 @@ class RunSettings:
         training_errors: whether each evaluation counts the training images that are recognized wrongly, too.
         variance_shift: whether the end of the run records, for each batch norm, how far the variance that it
             normalizes by is from the one that it meets in evaluation.
+        weight_growth: whether the end of the run records how many times each layer's weights have grown.
+        inference: whether the end of the run records what a network with batch norms scores with recalibrated
+            statistics, and folded.
     """
 
     data: DataSettings = field(default_factory=DataSettings)
@@ -231,6 +234,8 @@ class RunSettings:
     evaluate_every: int = 0
     training_errors: bool = False
     variance_shift: bool = False
+    weight_growth: bool = False
+    inference: bool = True
 
     def __post_init__(self) -> None:
         _require(self.steps > 0, "steps", self.steps, "above 0")
