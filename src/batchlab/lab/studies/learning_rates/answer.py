@@ -57,7 +57,8 @@ def _sum_up(settings: LearningRatesSettings, activation: str, condition: Conditi
 
 
 def _listed(names: Iterable[str], condition: Condition) -> str:
-    return ", ".join(f"{label(name)} ({number(condition.largest[name].factor)} times)" for name in names)
+    factors = {name: number(condition.largest[name].factor) for name in names}
+    return ", ".join(f"{label(name)} ({'equal' if size == '1' else f'{size} times'})" for name, size in factors.items())
 
 
 def _others(settings: LearningRatesSettings, activation: str, condition: Condition) -> str:

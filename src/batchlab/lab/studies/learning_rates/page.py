@@ -147,7 +147,7 @@ def _method(settings: LearningRatesSettings, summary: Summary) -> str:
         f"networks from Gaussian weights of standard deviation {settings.weight_std:g}; arms share the first weights "
         "(but weight standardization takes their mean away) and the order of images. A mechanism acts on the hidden "
         "layers; weight norm and weight standardization on the last layer too, and they start with the gains that "
-        "belong to the first weights, not from data. Ghost batches have 25 images; whitening is ZCA in groups of 64 "
+        "belong to the first weights, not from data. Ghost batches have 25 images; whitening is ZCA in groups of 16 "
         "units; population batch norm normalizes by statistics of ten batches, without a gradient through them. "
         f"The search is the study: {settings.search_seeds} seeds for each arm and rate, on held-out training images. "
         "An arm trains from the smallest to the largest rate of its widest unbroken row of rates at which every seed "

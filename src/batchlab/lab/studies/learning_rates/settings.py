@@ -19,7 +19,7 @@ MECHANISMS: Final[dict[str, tuple[str, str, str]]] = {
     "batch_norm": ("batch norm", "batch_norm", "none"),
     "ghost": ("ghost batch norm", "ghost_batch_norm", "none"),
     "population": ("population batch norm", "population_batch_norm", "none"),
-    "whitening": ("whitening", "whitening_64", "none"),
+    "whitening": ("whitening", "whitening_16", "none"),
     "weight_norm": ("weight norm", "none", "weight_norm"),
     "centered": ("weight norm, centering", "mean_only", "weight_norm"),
     "standardization": ("weight standardization", "none", "weight_standardization"),
@@ -56,7 +56,7 @@ class LearningRatesSettings(ComparisonSettings):
     Args:
         steps: of each final run; as many as in the search.
         search_seeds: runs of each arm and rate.
-        widths: of the hidden layers, multiples of 64 for the groups of whitening.
+        widths: of the hidden layers, multiples of 16 for the groups of whitening.
         weight_std: of the first weights of the sigmoid network, near 1/√(units); the ReLU network starts as He's.
         momentum: of the gradient descent.
         evaluate_every: steps between evaluations.
@@ -65,10 +65,10 @@ class LearningRatesSettings(ComparisonSettings):
         activations: nonlinearities, each with a comparison of its own.
     """
 
-    steps: int = 1_000
+    steps: int = 500
     seeds: int = 5
     rates: tuple[float, ...] = (1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-    search_steps: int = 1_000
+    search_steps: int = 500
     search_seeds: int = 3
     batch_size: int = 100
     widths: tuple[int, ...] = (128, 128, 128)
@@ -80,8 +80,8 @@ class LearningRatesSettings(ComparisonSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if any(width % 64 for width in self.widths):
-            raise SettingsError(f"widths is {self.widths}; each must be a multiple of 64, for groups of 64")
+        if any(width % 16 for width in self.widths):
+            raise SettingsError(f"widths is {self.widths}; each must be a multiple of 16, for groups of 16")
         if self.batch_size % 25:
             raise SettingsError(f"batch_size is {self.batch_size}; it must be a multiple of 25, for ghost batches")
         if not 0 <= self.target <= 1:
@@ -103,10 +103,11 @@ class LearningRatesSettings(ComparisonSettings):
 SIZES: Final[dict[str, LearningRatesSettings]] = {
     "full": LearningRatesSettings(),
     "demo": LearningRatesSettings(
-        steps=500,
+        steps=300,
         seeds=3,
         rates=(0.001, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0),
-        search_steps=500,
+        search_steps=300,
+        evaluate_every=50,
         search_seeds=2,
         activations=("relu",),
     ),
