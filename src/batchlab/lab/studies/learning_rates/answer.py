@@ -64,18 +64,21 @@ def _listed(names: Iterable[str], condition: Condition) -> str:
 def _others(settings: LearningRatesSettings, activation: str, condition: Condition) -> str:
     """The other arms by how their largest rate compares with the baseline's."""
     seeds = settings.search_seeds
-    first = arm(activation, BASELINE)
+    first, known = arm(activation, BASELINE), arm(activation, "batch_norm")
     parts = []
     for word in ("clearly larger", "no clear difference", "clearly smaller", "one run a rate, so without a verdict"):
-        names = [name for name, found in condition.largest.items() if verdict(found, seeds) == word]
+        names = [n for n, found in condition.largest.items() if n != known and verdict(found, seeds) == word]
         if names:
-            parts.append(f"{word}: {_listed(names, condition)}")
+            parts.append(f"{word} for {_listed(names, condition)}")
     if condition.limits[first].lowest is not None:
-        nowhere = [label(name) for name, found in condition.limits.items() if found.lowest is None]
-        parts += [f"not every run trains at any rate: {', '.join(nowhere)}"] if nowhere else []
+        nowhere = [label(n) for n, found in condition.limits.items() if n != known and found.lowest is None]
+        parts += [f"no rate trains every run of {', '.join(nowhere)}"] if nowhere else []
     if not parts:
-        return f"{ACTIVATIONS[activation][0]}: the limits cannot be compared."
-    return f"{ACTIVATIONS[activation][0]}, largest rate against that without a mechanism – {'; '.join(parts)}."
+        return f"{ACTIVATIONS[activation][0]} units: there is nothing else to compare."
+    return (
+        f"The other mechanisms' largest rate with {ACTIVATIONS[activation][0]} units, against that without a "
+        f"mechanism: {'; '.join(parts)}."
+    )
 
 
 def answer(settings: LearningRatesSettings, summary: Summary) -> list[str]:

@@ -165,7 +165,8 @@ def _condition_blocks(
     return [
         FigureBlock(
             drawn[f"{activation}-ranges"],
-            f"Learning rates at which every seed reaches {goal}, {kind} units; the dot is the best rate.",
+            f"Learning rates at which every seed reaches {goal}, {kind} units; the dot is the best rate. Blue: "
+            "the length of the hidden weights has no influence on the output.",
         ),
         range_table(
             settings,

@@ -21,7 +21,7 @@ MECHANISMS: Final[dict[str, tuple[str, str, str]]] = {
     "population": ("population batch norm", "population_batch_norm", "none"),
     "whitening": ("whitening", "whitening_16", "none"),
     "weight_norm": ("weight norm", "none", "weight_norm"),
-    "centered": ("weight norm, centering", "mean_only", "weight_norm"),
+    "centered": ("weight norm + centering", "mean_only", "weight_norm"),
     "standardization": ("weight standardization", "none", "weight_standardization"),
 }
 """Mechanism -> what figures and tables call it, its normalization, and how it holds weights."""
