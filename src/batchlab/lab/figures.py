@@ -17,7 +17,16 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentF
 
 from batchlab.lab.comparison import Curve
 
-__all__ = ["COLORS", "Line", "accuracy_curves", "line_figure", "percentile_bands", "rate_search", "standalone"]
+__all__ = [
+    "COLORS",
+    "Line",
+    "accuracy_curves",
+    "line_figure",
+    "percentile_bands",
+    "range_bars",
+    "rate_search",
+    "standalone",
+]
 
 COLORS: Final = ("#e8710a", "#2f7de1", "#12a37a", "#b052c9", "#8a8f98", "#c2185b", "#7a5c00", "#00838f")
 # Stand-ins that no figure uses otherwise; `_to_svg` turns them into the page's own colours.
@@ -283,4 +292,42 @@ def line_figure(
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         _legend_above(axes)
+        return _to_svg(figure, description)
+
+
+def range_bars(
+    name: str,
+    bars: Mapping[str, tuple[float, float] | None],
+    marks: Mapping[str, float],
+    *,
+    limits: tuple[float, float],
+    x_label: str,
+    groups: Mapping[str, int] | None = None,
+    description: str,
+) -> str:
+    """A horizontal bar from the lowest to the highest value of each row, on a logarithmic axis.
+
+    Args:
+        name: of the figure.
+        bars: label -> lowest and highest value; None: an empty row.
+        marks: label -> a value to mark on its row.
+        limits: lowest and highest value shown.
+        x_label: what the values are.
+        groups: label -> which colour; None: all alike.
+        description: for readers who do not see the picture.
+    """
+    with _figure(name, height=0.26 * len(bars) + 0.8) as (figure, (axes,)):
+        for row, (label, bar) in enumerate(bars.items()):
+            color = COLORS[(groups or {}).get(label, 0)]
+            if bar is not None:
+                axes.plot(bar, (row, row), color=color, linewidth=7, alpha=0.45, solid_capstyle="round")
+            if label in marks:
+                axes.plot([marks[label]], [row], "o", color=color if bar else _INK, markersize=5)
+        axes.set_xscale("log")
+        axes.set_xlim(*limits)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_yticks(range(len(bars)), list(bars))
+        axes.set_ylim(len(bars) - 0.5, -0.5)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(x_label)
         return _to_svg(figure, description)

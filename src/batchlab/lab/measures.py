@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from batchlab.nn import BatchNorm1d, BatchNorm2d
 from batchlab.reference.batch_norm import Moments, merge_moments, moments
 
-__all__ = ["learned_slopes", "variance_shifts"]
+__all__ = ["learned_slopes", "variance_shifts", "weight_lengths"]
 
 PART = 1000  # images at a time
 
@@ -22,6 +22,23 @@ def learned_slopes(network: nn.Module) -> dict[str, float]:
         name: round(float(module.weight.detach().double().mean()), 6)
         for name, module in network.named_modules()
         if isinstance(module, nn.PReLU)
+    }
+
+
+def weight_lengths(network: nn.Module) -> dict[str, float]:
+    """The Euclidean length of what each linear or convolution layer learns in its weight's place, by its name.
+
+    length = √Σ v²
+
+    v is the weight; in a factored layer the direction, without its gain. Where the length has no influence on the
+    output, as in front of a batch norm, a learning rate turns v by as much as rate / length² would at length 1.
+
+    Source: Ioffe & Szegedy 2015, section 3.3.
+    """
+    return {
+        name: float(getattr(module, "v", module.weight).detach().double().norm())
+        for name, module in network.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
     }
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from batchlab.lab.data import Dataset, hold_out, load_dataset
 from batchlab.lab.files import locked, read_json, write_bytes, write_json, write_text
 from batchlab.lab.landscape import landscape
-from batchlab.lab.measures import learned_slopes, variance_shifts
+from batchlab.lab.measures import learned_slopes, variance_shifts, weight_lengths
 from batchlab.lab.networks import MLP, ConvolutionalNetwork, build
 from batchlab.lab.optimizers import follow, make_optimizer, prepare
 from batchlab.lab.records import describe_run
@@ -261,7 +261,11 @@ def _run_locked(
             if not math.isfinite(train_loss):
                 status = "diverged"
                 break
-            state.metrics.append(_measure(settings, network, optimizer, inputs, goal, train_loss if goal else None))
+            line = _measure(settings, network, optimizer, inputs, goal, train_loss if goal else None)
+            if not math.isfinite(line["loss"]):  # the last step was the one too far
+                status = "diverged"
+                break
+            state.metrics.append(line)
             stream.write(_lines(state.metrics[-1:]))
             stream.flush()
             if on_evaluation is not None:
@@ -269,11 +273,25 @@ def _run_locked(
             if time.perf_counter() - saved_at > checkpoint_seconds:
                 _save_checkpoint(folder / "checkpoint.pt", state, network, optimizer, identity)
                 saved_at = time.perf_counter()
-    _finish(settings, network, inputs, folder, state, status)
+    _finish(settings, dataset, network, inputs, folder, state, status)
+
+
+def _weight_growth(settings: RunSettings, dataset: Dataset, network: Network, inputs: RunInput) -> dict[str, float]:
+    start = build_network(settings, dataset)
+    prepare(start, settings.network, inputs.train_images)
+    first, last = weight_lengths(start), weight_lengths(network)
+    growth = {name: last[name] / first[name] for name in first if first[name]}
+    return {name: float(f"{value:.6g}") for name, value in growth.items() if math.isfinite(value)}
 
 
 def _finish(
-    settings: RunSettings, network: Network, inputs: RunInput, folder: Path, state: _State, status: str
+    settings: RunSettings,
+    dataset: Dataset,
+    network: Network,
+    inputs: RunInput,
+    folder: Path,
+    state: _State,
+    status: str,
 ) -> None:
     """Write what remains; result.json last, because its presence says that the rest is there."""
     weights = _weights(network)
@@ -284,7 +302,10 @@ def _finish(
             result["variance_shift"] = variance_shifts(network, inputs.train_images)
         if slopes := learned_slopes(network):
             result["slopes"] = slopes
-        result["inference"] = _inference_accuracies(settings, network, inputs)
+        if settings.weight_growth:
+            result["weight_growth"] = _weight_growth(settings, dataset, network, inputs)
+        if settings.inference:
+            result["inference"] = _inference_accuracies(settings, network, inputs)
     result["weights_sha256"] = hashlib.sha256(weights).hexdigest()
     write_text(folder / "metrics.jsonl", _lines(state.metrics))
     write_bytes(folder / "weights.safetensors", weights)

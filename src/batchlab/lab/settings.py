@@ -220,6 +220,9 @@ class RunSettings:
             normalizes by is from the one that it meets in evaluation.
         landscape: whether each evaluation measures how far the next step shifts what each layer gets, and how the loss
             behaves along the gradient, see `batchlab.lab.landscape`; training is the same to the last bit.
+        weight_growth: whether the end of the run records how many times each layer's weights have grown.
+        inference: whether the end of the run records what a network with batch norms scores with recalibrated
+            statistics, and folded.
     """
 
     data: DataSettings = field(default_factory=DataSettings)
@@ -234,6 +237,8 @@ class RunSettings:
     training_errors: bool = False
     variance_shift: bool = False
     landscape: bool = False
+    weight_growth: bool = False
+    inference: bool = True
 
     def __post_init__(self) -> None:
         _require(self.steps > 0, "steps", self.steps, "above 0")

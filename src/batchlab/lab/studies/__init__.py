@@ -1,4 +1,4 @@
-"""The studies, by name."""
+"""The studies, by name, in the order in which lists and reports of several have them."""
 
 from typing import Final
 
@@ -6,6 +6,7 @@ from batchlab.lab.studies.bn_mnist import STUDY as BN_MNIST
 from batchlab.lab.studies.dropout_mnist import STUDY as DROPOUT_MNIST
 from batchlab.lab.studies.dropout_patterns import STUDY as DROPOUT_PATTERNS
 from batchlab.lab.studies.dropout_speed import STUDY as DROPOUT_SPEED
+from batchlab.lab.studies.learning_rates import STUDY as LEARNING_RATES
 from batchlab.lab.studies.whitening import STUDY as WHITENING
 from batchlab.lab.studies.why import STUDY as WHY
 from batchlab.lab.study import Study
@@ -13,5 +14,14 @@ from batchlab.lab.study import Study
 __all__ = ["STUDIES"]
 
 STUDIES: Final[dict[str, Study]] = {
-    study.name: study for study in (BN_MNIST, DROPOUT_MNIST, DROPOUT_PATTERNS, DROPOUT_SPEED, WHITENING, WHY)
+    study.name: study
+    for study in (
+        BN_MNIST,
+        WHITENING,
+        LEARNING_RATES,
+        WHY,
+        DROPOUT_MNIST,
+        DROPOUT_PATTERNS,
+        DROPOUT_SPEED,
+    )
 }
