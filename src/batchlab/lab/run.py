@@ -23,7 +23,7 @@ from torch import Tensor
 
 from batchlab.lab.data import Dataset, hold_out, load_dataset
 from batchlab.lab.files import locked, read_json, write_bytes, write_json, write_text
-from batchlab.lab.measures import learned_slopes, variance_shifts
+from batchlab.lab.measures import learned_slopes, signals, variance_shifts
 from batchlab.lab.networks import MLP, ConvolutionalNetwork, build
 from batchlab.lab.optimizers import follow, make_optimizer, prepare
 from batchlab.lab.records import describe_run
@@ -41,6 +41,7 @@ from batchlab.surgery import fold, recalibrate
 __all__ = ["RunInput", "build_network", "execute", "load_inputs", "run"]
 
 PROBE_IMAGES = 1200  # 20 batches of 60 for each set of percentiles
+SIGNAL_IMAGES = 1000
 
 
 Network = MLP | ConvolutionalNetwork
@@ -221,6 +222,8 @@ def _run_locked(
     optimizer = make_optimizer(network, settings.optimizer, inputs.train_images)
     identity = json.dumps([record["settings"], dataset.checksum, record["environment"]], sort_keys=True)
     prepare(network, settings.network, inputs.train_images)
+    first = inputs.train_images[:SIGNAL_IMAGES], inputs.train_labels[:SIGNAL_IMAGES]
+    start = {"signal": signals(network, *first)} if settings.signal else {}
     state = _load_checkpoint(folder / "checkpoint.pt", network, optimizer, identity)
     follow(network, settings.network, optimizer, state.step)
     write_json(folder / "run.json", record)
@@ -249,7 +252,12 @@ def _run_locked(
             if not math.isfinite(train_loss):
                 status = "diverged"
                 break
-            state.metrics.append(_measure(settings, network, inputs, goal, train_loss if goal else None))
+            measured = _measure(settings, network, inputs, goal, train_loss if goal else None)
+            # The last step can overflow what the mean loss of the steps before did not.
+            if not math.isfinite(measured["loss"]):
+                status = "diverged"
+                break
+            state.metrics.append(measured)
             stream.write(_lines(state.metrics[-1:]))
             stream.flush()
             if on_evaluation is not None:
@@ -257,16 +265,16 @@ def _run_locked(
             if time.perf_counter() - saved_at > checkpoint_seconds:
                 _save_checkpoint(folder / "checkpoint.pt", state, network, optimizer, identity)
                 saved_at = time.perf_counter()
-    _finish(settings, network, inputs, folder, state, status)
+    _finish(settings, network, inputs, folder, state, start | {"status": status})
 
 
 def _finish(
-    settings: RunSettings, network: Network, inputs: RunInput, folder: Path, state: _State, status: str
+    settings: RunSettings, network: Network, inputs: RunInput, folder: Path, state: _State, known: dict[str, Any]
 ) -> None:
     """Write what remains; result.json last, because its presence says that the rest is there."""
     weights = _weights(network)
-    result: dict[str, Any] = {"status": status, "steps": state.step, "evaluations": len(state.metrics)}
-    if status == "finished":
+    result: dict[str, Any] = known | {"steps": state.step, "evaluations": len(state.metrics)}
+    if result["status"] == "finished":
         result["accuracy"] = state.metrics[-1]["accuracy"]
         if settings.variance_shift:  # before the statistics are recalibrated
             result["variance_shift"] = variance_shifts(network, inputs.train_images)

@@ -218,6 +218,8 @@ class RunSettings:
         training_errors: whether each evaluation counts the training images that are recognized wrongly, too.
         variance_shift: whether the end of the run records, for each batch norm, how far the variance that it
             normalizes by is from the one that it meets in evaluation.
+        signal: whether the record has what enters each hidden nonlinearity before the first step, see
+            `batchlab.lab.measures.signals`.
     """
 
     data: DataSettings = field(default_factory=DataSettings)
@@ -231,6 +233,7 @@ class RunSettings:
     evaluate_every: int = 0
     training_errors: bool = False
     variance_shift: bool = False
+    signal: bool = False
 
     def __post_init__(self) -> None:
         _require(self.steps > 0, "steps", self.steps, "above 0")
@@ -244,6 +247,8 @@ class RunSettings:
             self.probe_units,
             f"0 to {self.network.widths[-1]}, the units of the last hidden layer",
         )
+        # Looking must not draw the random numbers that training would have drawn.
+        _require(not self.signal or self.network.dropout.kind == "none", "signal", self.signal, "False with dropout")
 
 
 _converter = cattrs.Converter(forbid_extra_keys=True)
