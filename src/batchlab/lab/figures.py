@@ -13,12 +13,14 @@ from typing import Any, Final
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from batchlab.lab.comparison import Curve
 
 __all__ = [
     "COLORS",
+    "Cell",
     "Line",
     "accuracy_curves",
     "line_figure",
@@ -26,6 +28,7 @@ __all__ = [
     "range_bars",
     "rate_search",
     "standalone",
+    "table_figure",
 ]
 
 COLORS: Final = ("#e8710a", "#2f7de1", "#12a37a", "#b052c9", "#8a8f98", "#c2185b", "#7a5c00", "#00838f")
@@ -329,5 +332,61 @@ def range_bars(
         axes.set_yticks(range(len(bars)), list(bars))
         axes.set_ylim(len(bars) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
+        axes.set_xlabel(x_label)
+        return _to_svg(figure, description)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A field of a `table_figure`.
+
+    Args:
+        text: what is written in it.
+        color: of `COLORS`, its number.
+        shade: how strong the colour is, from 0 to 1.
+    """
+
+    text: str
+    color: int
+    shade: float
+
+
+def table_figure(
+    name: str,
+    panels: Mapping[str, Sequence[Sequence[Cell]]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    x_label: str,
+    description: str,
+) -> str:
+    """Coloured fields in rows and columns, the panels side by side.
+
+    Args:
+        name: of the figure.
+        panels: title -> rows of fields.
+        rows: what stands left of each.
+        columns: what stands under each.
+        x_label: what the columns are.
+        description: for readers who do not see the picture.
+    """
+    with _figure(name, height=0.34 * len(rows) + 0.8) as (figure, (axes,)):
+        starts = [index * (len(columns) + 0.4) for index in range(len(panels))]
+        for left, (title, lines) in zip(starts, panels.items(), strict=True):
+            axes.text(left, -0.15, title, ha="left", va="bottom")
+            for top, line in enumerate(lines):
+                for place, cell in enumerate(line):
+                    corner, color = (left + place + 0.03, top + 0.04), COLORS[cell.color]
+                    axes.add_patch(Rectangle(corner, 0.94, 0.92, color=color, alpha=0.12 + 0.5 * cell.shade, lw=0))
+                    axes.text(left + place + 0.5, top + 0.5, cell.text, ha="center", va="center", fontsize=8)
+        axes.set_xlim(0, starts[-1] + len(columns))
+        axes.set_ylim(len(rows), -0.6)
+        axes.set_xticks(
+            [left + place + 0.5 for left in starts for place in range(len(columns))], [*columns] * len(panels)
+        )
+        axes.set_yticks([top + 0.5 for top in range(len(rows))], rows)
+        axes.tick_params(length=0)
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
         axes.set_xlabel(x_label)
         return _to_svg(figure, description)

@@ -7,11 +7,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from batchlab.lab.networks import MLP, ConvolutionalNetwork
+from batchlab.lab.training import paused_updates
 from batchlab.nn import BatchNorm1d, BatchNorm2d
 from batchlab.reference.batch_norm import Moments, merge_moments, moments
 
-__all__ = ["learned_slopes", "variance_shifts", "weight_lengths"]
+__all__ = ["learned_slopes", "signals", "variance_shifts", "weight_lengths"]
 
 PART = 1000  # images at a time
 
@@ -87,3 +90,40 @@ def variance_shifts(network: nn.Module, images: Tensor) -> dict[str, float]:
         pair = layer.running_var.double() + eps, m2 / (count - 1) + eps
         shifts[name] = round(float((torch.maximum(*pair) / torch.minimum(*pair)).mean()), 6)
     return shifts
+
+
+def signals(network: MLP | ConvolutionalNetwork, images: Tensor, labels: Tensor) -> dict[str, list[float]]:
+    """What enters each hidden nonlinearity, as the network trains: its size, how much of it is signal, its gradient.
+
+    size = mean of E[y²],   differing = mean of Var[y],   gradient = mean of E[(dL/dy)²]      (means over units)
+
+    E and Var are taken over the images, y is the input of a unit's nonlinearity, L an image's cross-entropy. What does
+    not differ between images tells nothing about them.
+
+    Batch normalization uses the statistics of `images`, and its running statistics stay as they are.
+
+    Returns:
+        "size", "differing" and "gradient", each with one number a hidden layer, from the first to the last.
+
+    Source: He et al. 2015 (arXiv 1502.01852), section 2.2, follows size and gradient from layer to layer.
+    """
+    entering: list[Tensor] = []
+    layers = [module for name, module in network.named_children() if name.startswith("activation")]
+    handles = [layer.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0])) for layer in layers]
+    was_training = network.training
+    network.train()
+    try:
+        with paused_updates(network), torch.enable_grad():
+            loss = F.cross_entropy(network(images), labels, reduction="sum")
+            gradients = torch.autograd.grad(loss, entering)
+    finally:
+        network.train(was_training)
+        for handle in handles:
+            handle.remove()
+    found: dict[str, list[float]] = {"size": [], "differing": [], "gradient": []}
+    for values, gradient in zip(entering, gradients, strict=True):
+        count, mean, m2 = moments(values.detach().double().flatten(1))
+        numbers = (mean.square() + m2 / count).mean(), (m2 / count).mean(), gradient.double().square().mean()
+        for name, number in zip(found, numbers, strict=True):
+            found[name].append(float(f"{float(number):.6g}"))
+    return found

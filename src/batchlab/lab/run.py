@@ -24,7 +24,7 @@ from torch import Tensor
 from batchlab.lab.data import Dataset, hold_out, load_dataset
 from batchlab.lab.files import locked, read_json, write_bytes, write_json, write_text
 from batchlab.lab.landscape import landscape
-from batchlab.lab.measures import learned_slopes, variance_shifts, weight_lengths
+from batchlab.lab.measures import learned_slopes, signals, variance_shifts, weight_lengths
 from batchlab.lab.networks import MLP, ConvolutionalNetwork, build
 from batchlab.lab.optimizers import follow, make_optimizer, prepare
 from batchlab.lab.records import describe_run
@@ -43,6 +43,7 @@ from batchlab.surgery import fold, recalibrate
 __all__ = ["RunInput", "build_network", "execute", "load_inputs", "run"]
 
 PROBE_IMAGES = 1200  # 20 batches of 60 for each set of percentiles
+SIGNAL_IMAGES = 1000
 
 
 Network = MLP | ConvolutionalNetwork
@@ -233,6 +234,8 @@ def _run_locked(
     optimizer = make_optimizer(network, settings.optimizer, inputs.train_images)
     identity = json.dumps([record["settings"], dataset.checksum, record["environment"]], sort_keys=True)
     prepare(network, settings.network, inputs.train_images)
+    first = inputs.train_images[:SIGNAL_IMAGES], inputs.train_labels[:SIGNAL_IMAGES]
+    start = {"signal": signals(network, *first)} if settings.signal else {}
     state = _load_checkpoint(folder / "checkpoint.pt", network, optimizer, identity)
     follow(network, settings.network, optimizer, state.step)
     write_json(folder / "run.json", record)
@@ -262,7 +265,7 @@ def _run_locked(
                 status = "diverged"
                 break
             line = _measure(settings, network, optimizer, inputs, goal, train_loss if goal else None)
-            if not math.isfinite(line["loss"]):  # the last step was the one too far
+            if not math.isfinite(line["loss"]):  # the last step was the one too far, and no mean of losses shows it
                 status = "diverged"
                 break
             state.metrics.append(line)
@@ -273,7 +276,7 @@ def _run_locked(
             if time.perf_counter() - saved_at > checkpoint_seconds:
                 _save_checkpoint(folder / "checkpoint.pt", state, network, optimizer, identity)
                 saved_at = time.perf_counter()
-    _finish(settings, dataset, network, inputs, folder, state, status)
+    _finish(settings, dataset, network, inputs, folder, state, start | {"status": status})
 
 
 def _weight_growth(settings: RunSettings, dataset: Dataset, network: Network, inputs: RunInput) -> dict[str, float]:
@@ -291,12 +294,12 @@ def _finish(
     inputs: RunInput,
     folder: Path,
     state: _State,
-    status: str,
+    known: dict[str, Any],
 ) -> None:
     """Write what remains; result.json last, because its presence says that the rest is there."""
     weights = _weights(network)
-    result: dict[str, Any] = {"status": status, "steps": state.step, "evaluations": len(state.metrics)}
-    if status == "finished":
+    result: dict[str, Any] = known | {"steps": state.step, "evaluations": len(state.metrics)}
+    if result["status"] == "finished":
         result["accuracy"] = state.metrics[-1]["accuracy"]
         if settings.variance_shift:  # before the statistics are recalibrated
             result["variance_shift"] = variance_shifts(network, inputs.train_images)

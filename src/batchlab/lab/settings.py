@@ -223,6 +223,8 @@ class RunSettings:
         weight_growth: whether the end of the run records how many times each layer's weights have grown.
         inference: whether the end of the run records what a network with batch norms scores with recalibrated
             statistics, and folded.
+        signal: whether the record has what enters each hidden nonlinearity before the first step, see
+            `batchlab.lab.measures.signals`.
     """
 
     data: DataSettings = field(default_factory=DataSettings)
@@ -239,6 +241,7 @@ class RunSettings:
     landscape: bool = False
     weight_growth: bool = False
     inference: bool = True
+    signal: bool = False
 
     def __post_init__(self) -> None:
         _require(self.steps > 0, "steps", self.steps, "above 0")
@@ -259,6 +262,8 @@ class RunSettings:
             self.landscape,
             "False with dropout, with factored layers and with another algorithm than sgd",
         )
+        # Looking must not draw the random numbers that training would have drawn.
+        _require(not self.signal or self.network.dropout.kind == "none", "signal", self.signal, "False with dropout")
 
 
 _converter = cattrs.Converter(forbid_extra_keys=True)

@@ -7,6 +7,7 @@ from batchlab.lab.studies.dropout_mnist import STUDY as DROPOUT_MNIST
 from batchlab.lab.studies.dropout_patterns import STUDY as DROPOUT_PATTERNS
 from batchlab.lab.studies.dropout_speed import STUDY as DROPOUT_SPEED
 from batchlab.lab.studies.learning_rates import STUDY as LEARNING_RATES
+from batchlab.lab.studies.rectifiers import STUDY as RECTIFIERS
 from batchlab.lab.studies.whitening import STUDY as WHITENING
 from batchlab.lab.studies.why import STUDY as WHY
 from batchlab.lab.study import Study
@@ -18,6 +19,7 @@ STUDIES: Final[dict[str, Study]] = {
     for study in (
         BN_MNIST,
         WHITENING,
+        RECTIFIERS,
         LEARNING_RATES,
         WHY,
         DROPOUT_MNIST,
