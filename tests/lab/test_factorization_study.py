@@ -19,8 +19,8 @@ from batchlab.lab.settings import SettingsError
 from batchlab.lab.studies import STUDIES
 from batchlab.lab.studies.arm_results import ArmResult
 from batchlab.lab.studies.factorization import arms
-from batchlab.lab.studies.factorization.answer import answer, kept, search_note, verdict
-from batchlab.lab.studies.factorization.page import share_table
+from batchlab.lab.studies.factorization.answer import answer, ends, kept, search_note, seconds, verdict
+from batchlab.lab.studies.factorization.page import share_table, verdict_table
 from batchlab.lab.studies.factorization.settings import ARMS, LABELS, SIZES, FactorizationSettings, full_name
 from batchlab.lab.studies.factorization.summary import Summary, compare
 from batchlab.lab.studies.search import final_plan, search_plan
@@ -56,9 +56,14 @@ def summary(reference: tuple[int | None, ...] = (100, 120, 100), **steps: tuple[
 ONE = dataclasses.replace(SIZES["full"], starts=("he",), steps=1000)
 
 
-def cells(found: Summary) -> dict[str, list[str]]:
+def shares(found: Summary) -> dict[str, str]:
     rows = share_table(ONE, found, "").rows
-    return {name: list(row[3:]) for name, row in zip(ARMS, rows, strict=True)}
+    return {name: row[2] for name, row in zip(ARMS, rows, strict=True)}
+
+
+def verdicts(found: Summary) -> dict[str, str]:
+    names = {label: name for name, label in LABELS.items()}
+    return {names[label]: said for label, _, said in verdict_table(found.starts["he"], "").rows}
 
 
 def test_the_study_leaves_records_figures_and_a_report(tmp_path: Path) -> None:
@@ -162,72 +167,84 @@ def test_shares_of_logarithms_of_steps() -> None:
         ghost=(40, 400, 150),
         population=(100, None, 100),
     )
-    shares = found.starts["he"].shares
-    assert [round(shares[name].mean, 6) for name in ("weight_norm", "mean_only", "centered")] == [0.5, 1.5, -0.5]
-    rows = cells(found)
-    assert rows["weight_norm"] == ["50 % (50 to 50)", "a part of it"]
-    assert rows["mean_only"][1] == "more than batch norm"
-    assert rows["centered"][1] == "slower than the plain network"
-    assert rows["natural"][1] == "no clear difference to batch norm"
-    assert rows["ghost"][1] == "unclear, from nothing to all of it"
-    assert rows["path_sgd"] == ["0 % (0 to 0)", "no clear gain over the plain network"]
-    assert rows["population"] == ["–", "reached in 2 of 3 runs"]
-    assert rows["batch_norm"][0] == "100 %, by definition"
+    logs = found.starts["he"].shares
+    assert [round(logs[name].mean, 6) for name in ("weight_norm", "mean_only", "centered")] == [0.5, 1.5, -0.5]
+    rows, said = shares(found), verdicts(found)
+    assert rows["weight_norm"] == "50 % (50 to 50)"
+    assert said["weight_norm"] == "a part of it"
+    assert said["mean_only"] == "more than batch norm"
+    assert said["centered"] == "slower than the plain network"
+    assert said["natural"] == "no clear difference to batch norm"
+    assert said["ghost"] == "unclear, from nothing to all of it"
+    assert rows["path_sgd"] == "0 % (0 to 0)"
+    assert said["path_sgd"] == "no clear gain over the plain network"
+    assert rows["population"] == "reached in 2 of 3 runs"
+    assert "population" not in said
+    assert rows["batch_norm"] == "100 %, by definition"
+    against = verdict_table(found.starts["he"], "").rows[0]
+    assert against[:2] == ["plain", "0.25 (0.25 to 0.25)"]
 
 
 def test_the_answer_on_a_clear_gain() -> None:
     found = summary(weight_norm=(200, 240, 200), mean_only=(50, 60, 50), population=(100, None, 100))
-    (said,) = answer(ONE, found)
-    assert said.startswith(
-        "From He's start the plain network needs 427 steps to recognize 90 % of the test images and batch norm 107: "
-        "4.0 times (4.0 to 4.0) fewer."
+    weights, said = answer(ONE, found)
+    assert weights == (
+        "Of batch norm's gain in training steps, arms that look at weights alone keep at best: from He's start 50 % "
+        "(50 to 50), weight norm (a part of it)."
     )
-    assert (
-        "The most of this gain keep of the arms that look at weights alone weight norm 50 % (50 to 50); of those with "
-        "statistics of earlier batches natural (PRONG) 0 % (0 to 0); of the others with statistics of each batch "
-        "weight norm, mean-only BN 150 % (150 to 150)."
-    ) in said
-    assert "Clearly fewer steps than batch norm: weight norm, mean-only BN;" in said
-    assert "did not get there in every run: population BN, held." in said
-    assert "In seconds of one core weight norm, mean-only BN is first (0.11; plain 0.85, batch norm 0.21)." in said
-    assert "After 1,000 steps from He's start: plain 95.00 % (94.00 to 96.00)" in said
+    assert said == (
+        "From He's start the plain network needs 427 steps to recognize 90 % of the test images and batch norm 107: "
+        "4.0 times (4.0 to 4.0) fewer. The most of this gain keep, with statistics of earlier batches natural (PRONG) "
+        "0 % (0 to 0); of the others with each batch's weight norm + mean-only BN 150 % (150 to 150). Clearly fewer "
+        "steps than batch norm: weight norm + mean-only BN; did not get there in every run: population BN (held)."
+    )
+    assert seconds("he", found.starts["he"]) == (
+        "From He's start weight norm + mean-only BN is first at 90 % by the clock, after 0.11 seconds of one core; the "
+        "plain network needs 0.85, batch norm 0.21."
+    )
+    assert ends(ONE, "he", found.starts["he"]).startswith(
+        "After 1,000 steps from He's start the plain network recognizes 95.00 % (94.00 to 96.00) of the test images"
+    )
 
 
 def test_the_answer_without_a_gain_or_a_target() -> None:
     tie, loss = summary((400, 200, 800)), summary((800, 960, 820))
-    assert (
-        "batch norm has no clear gain (1.1 times (0.2 to 7.5) fewer), so that no arm has a share" in answer(ONE, tie)[0]
-    )
-    assert "batch norm has no gain (0.5 times (0.5 to 0.5) fewer)" in answer(ONE, loss)[0]
+    assert "no clear gain (1.1 times (0.2 to 7.5) fewer), so that no arm has a share" in answer(ONE, tie)[1]
+    assert "batch norm has no gain (0.5 times (0.5 to 0.5) fewer)" in answer(ONE, loss)[1]
     for found in (tie, loss):
         assert not found.starts["he"].shares
-        assert cells(found)["ghost"] == ["–", "batch norm has no clear gain to share"]
+        assert answer(ONE, found)[0].endswith("from He's start batch norm has no clear gain.")
+        assert shares(found)["ghost"] == "no gain to share"
+        assert verdicts(found)["ghost"] == "–"
     never = summary((100, None, 100))
     assert never.starts["he"].target is None
-    assert answer(ONE, never)[0].startswith(
-        "From He's start no accuracy of 90 %, 95 %, 96 %, 97 % was reached by every"
-    )
-    assert cells(never)["ghost"] == ["–", "no accuracy to compare at"]
+    assert answer(ONE, never)[0].endswith("from He's start there is no accuracy to compare at.")
+    assert answer(ONE, never)[1].startswith("From He's start no accuracy of 90 %, 95 %, 96 %, 97 % was reached by")
+    assert shares(never)["ghost"] == "–"
+    assert "no accuracy at which seconds" in seconds("he", never.starts["he"])
 
 
 def test_one_seed_has_no_interval_and_no_verdict() -> None:
     results = {name: result((200,), (400,)) for name in ARMS}
     results |= {"plain": result((400,), (400,)), "batch_norm": result((100,), (400,))}
     found = Summary({}, {}, {"he": compare(results)})
-    (said,) = answer(ONE, found)
-    assert "4.0 times fewer. The most of this gain keep" in said
-    assert "weight norm 50 %;" in said
+    weights, said = answer(ONE, found)
+    assert weights.endswith("from He's start 50 %, weight norm (one seed, so without an interval).")
+    assert "4.0 times fewer. The most of this gain keep, with" in said
     assert "One seed cannot say which arm needs clearly fewer steps than batch norm" in said
-    assert cells(found)["ghost"] == ["50 %", "one seed, so without an interval"]
+    assert shares(found)["ghost"] == "50 %"
+    assert verdicts(found)["ghost"] == "one seed, so without an interval"
     assert "nan" not in said
 
 
 def test_arms_that_diverged_are_named() -> None:
     found = summary(**{name: (None, None, None) for name in ARMS if name not in ("plain", "batch_norm")})
-    (said,) = answer(ONE, found)
-    assert "No other arm got there in every run." in said
+    weights, said = answer(ONE, found)
+    assert weights.endswith("from He's start none got there in every run.")
+    assert "fewer. Clearly fewer" in said
     assert "Clearly fewer steps than batch norm: no arm; did not get there in every run: weight norm, centered" in said
-    assert cells(found)["standardized"] == ["–", "reached in 0 of 3 runs"]
+    assert shares(found)["standardized"] == "reached in 0 of 3 runs"
+    assert list(verdicts(found)) == ["plain"]
 
 
 def test_the_search_says_where_it_is_open() -> None:

@@ -19,13 +19,7 @@ from batchlab.lab.studies.factorization.settings import (
 from batchlab.lab.studies.factorization.summary import StartSummary, Summary, at_target
 from batchlab.lab.studies.sentences import percent, times
 
-__all__ = ["answer", "kept", "reached", "search_note", "verdict"]
-
-CLASSES = {
-    "weights": "of the arms that look at weights alone",
-    "earlier batches": "of those with statistics of earlier batches",
-    "each batch": "of the others with statistics of each batch",
-}
+__all__ = ["answer", "ends", "kept", "reached", "search_note", "seconds", "verdict"]
 
 
 def kept(share: Estimate) -> str:
@@ -67,6 +61,28 @@ def _list(names: Iterable[str]) -> str:
     return ", ".join(LABELS[name] for name in names)
 
 
+def _best(found: StartSummary, looks_at: str) -> str | None:
+    """The arm of a kind that keeps the most; None if none of them has a share."""
+    arms = [name for name in found.shares if ARMS[name].looks_at == looks_at]
+    return max(arms, key=lambda arm: found.shares[arm].mean) if arms else None
+
+
+def _weights_alone(summary: Summary) -> str:
+    said = []
+    for start, found in summary.starts.items():
+        name = _best(found, "weights")
+        if name is not None:
+            share = found.shares[name]
+            said.append(f"from {STARTS[start]} {kept(share)}, {LABELS[name]} ({verdict(share)})")
+        elif found.gain is None:
+            said.append(f"from {STARTS[start]} there is no accuracy to compare at")
+        elif found.gain.low > 1 or found.gain.n == 1 < found.gain.mean:
+            said.append(f"from {STARTS[start]} none got there in every run")
+        else:
+            said.append(f"from {STARTS[start]} batch norm has no clear gain")
+    return f"Of batch norm's gain in training steps, arms that look at weights alone keep at best: {'; '.join(said)}."
+
+
 def _gain(start: str, found: StartSummary) -> str:
     target, gain = found.target, found.gain
     assert target is not None
@@ -80,68 +96,63 @@ def _gain(start: str, found: StartSummary) -> str:
         return f"{said}batch norm has no clear gain ({times(gain)} fewer), so that no arm has a share of it."
     if gain.mean <= 1:
         return f"{said}batch norm has no gain ({times(gain)} fewer), so that no arm has a share of it."
-    best = []
-    for kind, words in CLASSES.items():
-        arms = [name for name in found.shares if ARMS[name].looks_at == kind]
-        if arms:
-            name = max(arms, key=lambda arm: found.shares[arm].mean)
-            best.append(f"{words} {LABELS[name]} {kept(found.shares[name])}")
-    keeps = f" The most of this gain keep {'; '.join(best)}." if best else " No other arm got there in every run."
-    return f"{said}{times(gain)} fewer.{keeps}"
+    kinds = {"earlier batches": "with statistics of earlier batches", "each batch": "of the others with each batch's"}
+    best = {words: name for kind, words in kinds.items() if (name := _best(found, kind)) is not None}
+    most = "; ".join(f"{words} {LABELS[name]} {kept(found.shares[name])}" for words, name in best.items())
+    return f"{said}{times(gain)} fewer." + (f" The most of this gain keep, {most}." if most else "")
 
 
 def _faster(found: StartSummary) -> str:
     faster = [name for name, ratio in found.than_reference.items() if ratio.low > 1]
-    words = f"clearly fewer steps than batch norm: {_list(faster) or 'no arm'}"
+    words = f"Clearly fewer steps than batch norm: {_list(faster) or 'no arm'}"
     if any(ratio.low != ratio.low for ratio in found.than_reference.values()):
-        words = "one seed cannot say which arm needs clearly fewer steps than batch norm"
+        words = "One seed cannot say which arm needs clearly fewer steps than batch norm"
     missing = [name for name in ARMS if name not in (BASELINE, REFERENCE) and name not in found.than_reference]
-    return f"{words}; did not get there in every run: {_list(missing) or 'none'}"
+    return f"{words}; did not get there in every run: {_list(missing) or 'none'}."
 
 
-def _seconds(found: StartSummary) -> str:
+def seconds(start: str, found: StartSummary) -> str:
     """The arm that is fastest by the clock."""
     target = found.target
-    assert target is not None
-    seconds = {
+    if target is None:
+        return f"From {STARTS[start]} there is no accuracy at which seconds could be compared."
+    needed = {
         name: steps * result.seconds_per_step
         for name, result in found.results.items()
         if result.seconds_per_step is not None and (steps := _steps(result, target)) is not None
     }
-    if BASELINE not in seconds or REFERENCE not in seconds:
-        return "not recorded"
-    first = min(seconds, key=lambda name: seconds[name])
+    if BASELINE not in needed or REFERENCE not in needed:
+        return "Seconds were not recorded."
+    first = min(needed, key=lambda name: needed[name])
     return (
-        f"{LABELS[first]} is first ({seconds[first]:.2g}; plain {seconds[BASELINE]:.2g}, batch norm "
-        f"{seconds[REFERENCE]:.2g})"
+        f"From {STARTS[start]} {LABELS[first]} is first at {100 * target:g} % by the clock, after "
+        f"{needed[first]:.2g} seconds of one core; the plain network needs {needed[BASELINE]:.2g}, batch norm "
+        f"{needed[REFERENCE]:.2g}."
     )
 
 
-def _ends(settings: FactorizationSettings, start: str, found: StartSummary) -> str:
+def ends(settings: FactorizationSettings, start: str, found: StartSummary) -> str:
+    """Where training ends."""
     first = max(found.results, key=lambda name: found.results[name].accuracy.mean)
     accuracy = {name: percent(found.results[name].accuracy) for name in (first, BASELINE, REFERENCE)}
     return (
-        f"After {settings.steps:,} steps from {STARTS[start]}: plain {accuracy[BASELINE]}, batch norm "
-        f"{accuracy[REFERENCE]}; the most has {LABELS[first]}, {accuracy[first]}."
+        f"After {settings.steps:,} steps from {STARTS[start]} the plain network recognizes {accuracy[BASELINE]} of the "
+        f"test images, batch norm {accuracy[REFERENCE]}; the most recognizes {LABELS[first]}, {accuracy[first]}."
     )
 
 
 def answer(settings: FactorizationSettings, summary: Summary) -> list[str]:
-    """The sentences that open the report."""
-    sentences = []
+    """The sentences that open the report: what weights alone keep, and batch norm's gain from each start."""
+    sentences = [_weights_alone(summary)]
     for start, found in summary.starts.items():
         if found.target is None:
             targets = ", ".join(f"{100 * accuracy:g} %" for accuracy in settings.targets)
             sentences.append(
                 f"From {STARTS[start]} no accuracy of {targets} was reached by every run of the plain network and of "
-                f"batch norm. {_ends(settings, start, found)}"
+                "batch norm."
             )
         else:
-            faster = _faster(found)
-            sentences.append(
-                f"{_gain(start, found)} {faster[0].upper()}{faster[1:]}. In seconds of one core {_seconds(found)}. "
-                f"{_ends(settings, start, found)}"
-            )
+            sentences.append(f"{_gain(start, found)} {_faster(found)}")
     return sentences
 
 

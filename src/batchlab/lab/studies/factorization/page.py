@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Final
 
 from batchlab.lab.report import Block, FigureBlock, Page, Paragraph, Section, Table
 from batchlab.lab.studies.arm_results import accuracy_table, steps_table
 from batchlab.lab.studies.comparison_study import Finished
-from batchlab.lab.studies.factorization.answer import answer, kept, reached, search_note, verdict
+from batchlab.lab.studies.factorization.answer import answer, ends, kept, reached, search_note, seconds, verdict
 from batchlab.lab.studies.factorization.figures import PANELS
 from batchlab.lab.studies.factorization.settings import (
     ARMS,
@@ -21,7 +21,7 @@ from batchlab.lab.studies.factorization.settings import (
 from batchlab.lab.studies.factorization.summary import StartSummary, Summary
 from batchlab.lab.studies.sections import footer, method_section
 
-__all__ = ["build_page", "chosen_rates", "share_table"]
+__all__ = ["build_page", "chosen_rates", "share_table", "verdict_table"]
 
 SOURCES = (
     "Ioffe & Szegedy 2015 (arXiv:1502.03167); Salimans & Kingma 2016, Weight Normalization (arXiv:1602.07868); Huang "
@@ -30,34 +30,41 @@ SOURCES = (
     "(arXiv:1507.00210); Hoffer et al. 2017, ghost batches (arXiv:1705.08741)."
 )
 
-TITLES: Mapping[str, str] = {"weights": "weights alone", "activations": "statistics of activations"}
+_TITLES: Final = {"weights": "weights alone", "activations": "statistics of activations"}
 
 
-def _share_cells(found: StartSummary, name: str) -> list[str]:
+def _share(found: StartSummary, name: str) -> str:
     if found.target is None:
-        return ["–", "no accuracy to compare at"]
-    if name == BASELINE:
-        return ["0 %, by definition", "–"]
-    if name == REFERENCE:
-        return ["100 %, by definition", "–"]
+        return "–"
+    if name in (BASELINE, REFERENCE):
+        return "0 %, by definition" if name == BASELINE else "100 %, by definition"
     if name in found.shares:
-        return [kept(found.shares[name]), verdict(found.shares[name])]
-    if name not in found.than_reference:
-        return ["–", reached(found.results[name], found.target)]
-    return ["–", "batch norm has no clear gain to share"]
+        return kept(found.shares[name])
+    return "no gain to share" if name in found.than_reference else reached(found.results[name], found.target)
 
 
 def share_table(settings: FactorizationSettings, summary: Summary, caption: str) -> Table:
-    """Each arm from each start: what it looks at, the share that it keeps, and what that says."""
-    rows = []
+    """What each arm looks at, and the share that it keeps from each start."""
+    header = ["arm", "looks at"]
     for start in settings.starts:
-        found = summary.starts[start]
-        target = "–" if found.target is None else f"{100 * found.target:g} %"
-        rows += [
-            [f"{arm.label}, {STARTS[start]}", arm.looks_at, target, *_share_cells(found, name)]
-            for name, arm in ARMS.items()
-        ]
-    return Table(["arm", "looks at", "accuracy", "share of batch norm's gain", "verdict"], rows, caption)
+        target = summary.starts[start].target
+        header.append(f"from {STARTS[start]}" if target is None else f"from {STARTS[start]}, to {100 * target:g} %")
+    rows = [
+        [arm.label, arm.looks_at, *(_share(summary.starts[start], name) for start in settings.starts)]
+        for name, arm in ARMS.items()
+    ]
+    return Table(header, rows, caption)
+
+
+def verdict_table(found: StartSummary, caption: str) -> Table:
+    """Each arm's steps against batch norm's, and what its share says."""
+    rows = []
+    for name, ratio in found.than_reference.items():
+        interval = "" if ratio.low != ratio.low else f" ({ratio.low:.2f} to {ratio.high:.2f})"
+        share = found.shares.get(name)
+        said = "–" if share is None else verdict(share)
+        rows.append([LABELS[name], f"{ratio.mean:.2f}{interval}", said])
+    return Table(["arm", "steps of batch norm over its own", "of batch norm's gain"], rows, caption)
 
 
 def chosen_rates(summary: Summary, start: str) -> dict[str, float]:
@@ -70,13 +77,22 @@ def _start_section(settings: FactorizationSettings, summary: Summary, start: str
     blocks: list[Block] = [
         FigureBlock(
             drawn[f"accuracy-{panel}-{start}"],
-            f"From {STARTS[start]}, arms that look at {TITLES[panel]}, with the plain network and batch norm: share of "
-            "test images recognized against training steps, each arm at its own best learning rate; bands are 95 % "
+            f"From {STARTS[start]}, arms that look at {_TITLES[panel]}, with the plain network and batch norm: share "
+            "of test images recognized against training steps, each arm at its own best learning rate; bands are 95 % "
             "intervals.",
         )
         for panel in PANELS
         if f"accuracy-{panel}-{start}" in drawn
     ]
+    if found.than_reference and found.target is not None:
+        blocks.append(
+            verdict_table(
+                found,
+                f"From {STARTS[start]}: how many times fewer steps than batch norm each arm needs to "
+                f"{100 * found.target:g} %, and what that says of batch norm's gain over the plain network. In "
+                "brackets: 95 % intervals.",
+            )
+        )
     blocks += [
         steps_table(
             found.results,
@@ -84,12 +100,14 @@ def _start_section(settings: FactorizationSettings, summary: Summary, start: str
             f"From {STARTS[start]}: training steps until a test accuracy is first reached, means over the runs that "
             "reached it; how many times fewer than the plain network, paired by seed.",
         ),
+        Paragraph(seconds(start, found)),
         steps_table(
             found.results,
             LABELS,
             f"From {STARTS[start]}: the same in seconds of one core, training alone.",
             seconds=True,
         ),
+        Paragraph(ends(settings, start, found)),
         accuracy_table(
             found.results,
             LABELS,
@@ -105,7 +123,7 @@ def _rates_section(settings: FactorizationSettings, summary: Summary, drawn: dic
     figures = [
         FigureBlock(
             drawn[f"rate-search-{panel}-{start}"],
-            f"The search from {STARTS[start]}, {TITLES[panel]}: accuracy on held-out training images after "
+            f"The search from {STARTS[start]}, {_TITLES[panel]}: accuracy on held-out training images after "
             f"{settings.search_steps:,} steps for each learning rate; rings are the chosen ones, what is below the "
             "figure lies on its edge. The test images had no part in it.",
         )

@@ -52,9 +52,9 @@ ARMS: Final[dict[str, Arm]] = {
     "standardized": Arm("weight standardization", _WEIGHTS, _factored("weight_standardization")),
     "path_sgd": Arm("Path-SGD", _WEIGHTS, algorithm="path_sgd", rate_scales={"he": 1.0, "small": 0.001}),
     "natural": Arm("natural (PRONG)", _EARLIER, {"factorization": "natural"}, rate_scales={"he": 0.1, "small": 0.1}),
-    "population": Arm("population BN, held", _EARLIER, {"normalization": "population_batch_norm"}),
-    "running": Arm("population BN, running", _EARLIER, {"normalization": "population_running"}),
-    "mean_only": Arm("weight norm, mean-only BN", _BATCH, _factored("weight_norm", normalization="mean_only")),
+    "population": Arm("population BN (held)", _EARLIER, {"normalization": "population_batch_norm"}),
+    "running": Arm("population BN (running)", _EARLIER, {"normalization": "population_running"}),
+    "mean_only": Arm("weight norm + mean-only BN", _BATCH, _factored("weight_norm", normalization="mean_only")),
     "ghost": Arm("ghost batch norm", _BATCH, {"normalization": "ghost_batch_norm"}),
 }
 """Of each start; the baseline first, then what it is to be compared with."""
