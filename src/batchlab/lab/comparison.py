@@ -21,6 +21,7 @@ __all__ = [
     "mean_curve",
     "paired_difference",
     "paired_ratio",
+    "paired_share",
     "steps_to_target",
     "student_t_quantile",
 ]
@@ -89,6 +90,36 @@ def paired_ratio(baseline: Sequence[float], other: Sequence[float]) -> Estimate:
     """
     logs = estimate([math.log2(a / b) for a, b in zip(baseline, other, strict=True)])
     return Estimate(2**logs.mean, 2**logs.low, 2**logs.high, logs.n)
+
+
+def paired_share(parts: Sequence[float], wholes: Sequence[float]) -> Estimate | None:
+    """mean(parts) / mean(wholes) of values paired by seed, with Fieller's 95 % interval for this ratio of means.
+
+    The interval holds the shares s for which the mean of part - s · whole is not clearly different from 0. None if the
+    mean of the wholes is not clearly above 0: then the interval is not bounded, and nothing has a share.
+
+    >>> share = paired_share([1.0, 1.2, 1.1], [2.0, 2.2, 2.4])
+    >>> round(share.mean, 3), round(share.low, 3), round(share.high, 3)
+    (0.5, 0.427, 0.57)
+    """
+    part, whole = estimate(parts), estimate(wholes)
+    if part.n != whole.n:
+        raise ValueError(f"{part.n} parts and {whole.n} wholes: they must be pairs")
+    if whole.mean <= 0 or whole.low <= 0:
+        return None
+    if part.n == 1:
+        return Estimate(part.mean / whole.mean, math.nan, math.nan, 1)
+    scale = student_t_quantile(part.n - 1) ** 2 / (part.n * (part.n - 1))
+
+    def spread(left: Sequence[float], right: Sequence[float]) -> float:
+        middle = fmean(left), fmean(right)
+        return scale * sum((a - middle[0]) * (b - middle[1]) for a, b in zip(left, right, strict=True))
+
+    # (part - s whole)² = t² var(part - s whole) / n is a quadratic equation in s.
+    square = whole.mean**2 - spread(wholes, wholes)
+    middle = (part.mean * whole.mean - spread(parts, wholes)) / square
+    reach = math.sqrt(max(0.0, middle**2 - (part.mean**2 - spread(parts, parts)) / square))
+    return Estimate(part.mean / whole.mean, middle - reach, middle + reach, part.n)
 
 
 def steps_to_target(record: RunRecord, target: float) -> int | None:

@@ -16,13 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
-from batchlab.lab.comparison import Curve
+from batchlab.lab.comparison import Curve, Estimate
 
 __all__ = [
     "COLORS",
     "Cell",
     "Line",
     "accuracy_curves",
+    "interval_rows",
     "line_figure",
     "percentile_bands",
     "range_bars",
@@ -389,4 +390,47 @@ def table_figure(
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         axes.set_xlabel(x_label)
+        return _to_svg(figure, description)
+
+
+def interval_rows(
+    name: str,
+    groups: Mapping[str, Mapping[str, Estimate]],
+    rows: Sequence[str],
+    *,
+    x_label: str,
+    levels: Mapping[str, float],
+    description: str,
+) -> str:
+    """A row for each thing, with a mark and an interval for each group.
+
+    Args:
+        name: of the figure.
+        groups: label -> row -> value as a share; rows may be missing.
+        rows: from top to bottom.
+        x_label: what the values are.
+        levels: values to draw a thin line at, by what to write there; all of them are shown.
+        description: for readers who do not see the picture.
+    """
+    with _figure(name, height=0.9 + 0.32 * len(rows)) as (figure, (axes,)):
+        shown = [value.mean for values in groups.values() for value in values.values()] + list(levels.values())
+        margin = 0.2 * (max(shown) - min(shown)) or 1.0
+        axes.set_xlim(min(shown) - margin, max(shown) + margin)
+        for place, ((label, values), color, marker) in enumerate(zip(groups.items(), COLORS, "osD^", strict=False)):
+            offset = 0.3 * (place - (len(groups) - 1) / 2)
+            for row, value in values.items():
+                y = rows.index(row) + offset
+                if value.low == value.low:
+                    axes.plot([value.low, value.high], [y, y], color=color, linewidth=1.4)
+                axes.plot([value.mean], [y], marker, color=color, markersize=5)
+            axes.plot([], [], marker, color=color, markersize=5, label=label)
+        for text, level in levels.items():
+            axes.axvline(level, color=_INK, linewidth=0.8, linestyle=":")
+            axes.annotate(text, (level, 0), xycoords=("data", "axes fraction"), ha="left", va="bottom", fontsize=8)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_ylim(len(rows) - 0.2, -0.6)
+        axes.grid(visible=False, axis="y")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_xlabel(x_label)
+        _legend_above(axes)
         return _to_svg(figure, description)

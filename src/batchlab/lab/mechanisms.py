@@ -60,6 +60,7 @@ NORMALIZATIONS: Final[dict[str, tuple[Normalization, Normalization] | None]] = {
     "newton_64": _both(Whitening1d, Whitening2d, group_size=64, method="newton"),
     "ghost_batch_norm": _both(GhostBatchNorm1d, GhostBatchNorm2d, group_size=25),
     "population_batch_norm": _both(PopulationBatchNorm1d, PopulationBatchNorm2d, refresh_every=10),
+    "population_running": _both(PopulationBatchNorm1d, PopulationBatchNorm2d, refresh_every=1, momentum=0.1),
     "noisy_batch_norm": _both(NoisyBatchNorm1d, NoisyBatchNorm2d),
 }
 """From the number of channels, behind a linear layer and behind a convolution."""

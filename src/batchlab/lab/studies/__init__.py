@@ -6,6 +6,7 @@ from batchlab.lab.studies.bn_mnist import STUDY as BN_MNIST
 from batchlab.lab.studies.dropout_mnist import STUDY as DROPOUT_MNIST
 from batchlab.lab.studies.dropout_patterns import STUDY as DROPOUT_PATTERNS
 from batchlab.lab.studies.dropout_speed import STUDY as DROPOUT_SPEED
+from batchlab.lab.studies.factorization import STUDY as FACTORIZATION
 from batchlab.lab.studies.learning_rates import STUDY as LEARNING_RATES
 from batchlab.lab.studies.rectifiers import STUDY as RECTIFIERS
 from batchlab.lab.studies.whitening import STUDY as WHITENING
@@ -19,6 +20,7 @@ STUDIES: Final[dict[str, Study]] = {
     for study in (
         BN_MNIST,
         WHITENING,
+        FACTORIZATION,
         RECTIFIERS,
         LEARNING_RATES,
         WHY,

@@ -108,7 +108,7 @@ def comparison_study(comparison: Comparison) -> Study:
         # Settings that no run can have are refused here, before there is a folder.
         arms = comparison.arms(settings)
         plan = search_plan(settings, arms, len(workplace.dataset.train_images))
-        final_plan(settings, arms, ((name, settings.rates[0]) for name in arms))
+        final_plan(settings, arms, ((name, settings.rates_of(name)[0]) for name in arms))
         with open_folder(workplace.folder, study, settings, workplace.dataset):
             search = complete(workplace, plan, "1/2 choosing learning rates")
             chosen, _ = choose_rates(settings, arms, search)

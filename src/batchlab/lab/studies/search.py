@@ -31,8 +31,9 @@ def _at(arm: RunSettings, rate: float, seed: int, steps: int) -> RunSettings:
 
 
 def search_plan(settings: ComparisonSettings, arms: Arms, training_images: int) -> dict[str, RunSettings]:
-    """Every arm at every rate, evaluated on a validation split of the training images; never on test images."""
+    """Every arm at each of its rates, evaluated on a validation split of the training images; never on test images."""
     validation = round(training_images * settings.held_out_share)
+    tried = dict.fromkeys(rate for name in arms for rate in settings.rates_of(name))
     return {
         run_name("search", name, rate, seed): replace(
             _at(arm, rate, seed, settings.search_steps),
@@ -40,9 +41,10 @@ def search_plan(settings: ComparisonSettings, arms: Arms, training_images: int) 
             probe_units=0,
             landscape=False,
         )
-        for rate in settings.rates
+        for rate in tried
         for seed in range(SEARCH_SEED, SEARCH_SEED + settings.search_seeds)
         for name, arm in arms.items()
+        if rate in settings.rates_of(name)
     }
 
 
@@ -53,14 +55,13 @@ def choose_rates(
 
     A run that diverged scores 0; of equal rates the smaller wins.
     """
-    ordered = sorted(settings.rates)
     scores = {
         name: {
             rate: [
                 final_score(records[run_name("search", name, rate, seed)])
                 for seed in range(SEARCH_SEED, SEARCH_SEED + settings.search_seeds)
             ]
-            for rate in ordered
+            for rate in sorted(settings.rates_of(name))
         }
         for name in arms
     }

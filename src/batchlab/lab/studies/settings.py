@@ -47,3 +47,7 @@ class ComparisonSettings:
             raise SettingsError(f"rates is {self.rates}; it must name one or more different learning rates")
         if not 0 < self.held_out_share < 1:
             raise SettingsError(f"held_out_share is {self.held_out_share}; it must be between 0 and 1")
+
+    def rates_of(self, arm: str) -> tuple[float, ...]:  # noqa: ARG002
+        """The rates tried for an arm: `rates`, unless a study says otherwise."""
+        return self.rates
