@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from batchlab.lab.data import Dataset, load_embedded
+from batchlab.lab.execution import run_all
 from batchlab.lab.records import describe_environment, read_metrics, read_record
 from batchlab.lab.run import build_network, load_inputs, run
 from batchlab.lab.settings import DataSettings, NetworkSettings, OptimizerSettings, RunSettings
@@ -220,3 +222,15 @@ def test_metrics_are_plain_json(undisturbed: Path) -> None:
     command = [sys.executable, "-c", code, str(undisturbed / "metrics.jsonl")]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert int(found) == json.loads((undisturbed / "result.json").read_text())["evaluations"]
+
+
+def test_workers_find_the_folder_after_the_working_directory_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = settings(steps=10)
+    for place in ("first", "second"):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        plan = {Path("runs") / name: short for name in ("a", "b")}
+        run_all(plan, "runs", checksum=load_embedded().checksum, jobs=2, console=Console(quiet=True))
+        assert all((tmp_path / place / folder / "result.json").is_file() for folder in plan)

@@ -93,7 +93,9 @@ def run_all(
         console: where progress is shown.
     """
     jobs = jobs or usable_cores()
-    waiting = {folder: settings for folder, settings in plan.items() if not (folder / "result.json").is_file()}
+    # Workers live on from call to call, in the working directory that they were started in.
+    data_folder = data_folder.resolve() if data_folder else None
+    waiting = {folder.resolve(): run for folder, run in plan.items() if not (folder / "result.json").is_file()}
     if not waiting:
         return
     with _progress(plan, title, console or Console(stderr=True)):
