@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from batchlab.lab.data import Dataset, load_embedded
 from batchlab.lab.records import describe_environment, read_metrics, read_record
 from batchlab.lab.run import build_network, load_inputs, run
-from batchlab.lab.settings import DataSettings, NetworkSettings, OptimizerSettings, RunSettings
+from batchlab.lab.settings import DataSettings, NetworkSettings, OptimizerSettings, RunSettings, SettingsError
 from batchlab.lab.training import evaluate
 
 
@@ -220,3 +220,23 @@ def test_metrics_are_plain_json(undisturbed: Path) -> None:
     command = [sys.executable, "-c", code, str(undisturbed / "metrics.jsonl")]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert int(found) == json.loads((undisturbed / "result.json").read_text())["evaluations"]
+
+
+def test_fewer_training_images_are_a_stratified_choice_of_the_seed() -> None:
+    full = load_embedded()
+    data = DataSettings(validation=1000, training_images=200)
+    first, again, other = (load_inputs(settings(data=data, seed=seed), full) for seed in (3, 3, 4))
+    assert torch.equal(first.train_images, again.train_images)
+    assert not torch.equal(first.train_images, other.train_images)
+    everything = load_inputs(settings(data=DataSettings(validation=1000)), full)
+    assert torch.equal(first.held_out_images, everything.held_out_images)
+    shares = everything.train_labels.bincount() / len(everything.train_labels) * 200
+    assert (first.train_labels.bincount() - shares).abs().max() < 1
+    known = {image.numpy().tobytes() for image in everything.train_images}
+    assert all(image.numpy().tobytes() in known for image in first.train_images)
+    # As many as there are, or more: all of them, in the order they had before the setting existed.
+    for count in (3000, 10**6):
+        same = load_inputs(settings(data=DataSettings(validation=1000, training_images=count)), full)
+        assert torch.equal(same.train_images, everything.train_images)
+    with pytest.raises(SettingsError, match="training_images is -1"):
+        DataSettings(training_images=-1)
