@@ -19,7 +19,7 @@ from batchlab.lab.data import Dataset, load_embedded
 from batchlab.lab.execution import run_all
 from batchlab.lab.records import describe_environment, read_metrics, read_record
 from batchlab.lab.run import build_network, load_inputs, run
-from batchlab.lab.settings import DataSettings, NetworkSettings, OptimizerSettings, RunSettings
+from batchlab.lab.settings import DataSettings, NetworkSettings, OptimizerSettings, RunSettings, SettingsError
 from batchlab.lab.training import evaluate
 
 
@@ -234,3 +234,23 @@ def test_workers_find_the_folder_after_the_working_directory_changed(
         plan = {Path("runs") / name: short for name in ("a", "b")}
         run_all(plan, "runs", checksum=load_embedded().checksum, jobs=2, console=Console(quiet=True))
         assert all((tmp_path / place / folder / "result.json").is_file() for folder in plan)
+
+
+def test_fewer_training_images_are_a_stratified_choice_of_the_seed() -> None:
+    full = load_embedded()
+    data = DataSettings(validation=1000, training_images=200)
+    first, again, other = (load_inputs(settings(data=data, seed=seed), full) for seed in (3, 3, 4))
+    assert torch.equal(first.train_images, again.train_images)
+    assert not torch.equal(first.train_images, other.train_images)
+    everything = load_inputs(settings(data=DataSettings(validation=1000)), full)
+    assert torch.equal(first.held_out_images, everything.held_out_images)
+    shares = everything.train_labels.bincount() / len(everything.train_labels) * 200
+    assert (first.train_labels.bincount() - shares).abs().max() < 1
+    known = {image.numpy().tobytes() for image in everything.train_images}
+    assert all(image.numpy().tobytes() in known for image in first.train_images)
+    # As many as there are, or more: all of them, in the order they had before the setting existed.
+    for count in (3000, 10**6):
+        same = load_inputs(settings(data=DataSettings(validation=1000, training_images=count)), full)
+        assert torch.equal(same.train_images, everything.train_images)
+    with pytest.raises(SettingsError, match="training_images is -1"):
+        DataSettings(training_images=-1)

@@ -232,6 +232,13 @@ def test_chains_fold_as_far_as_they_can():
         assert_folds(train_all(both), torch.randn(2, 3, 6, 6))
 
 
+def test_our_dropouts_do_not_stand_in_the_way():
+    kinds = (batchlab.nn.BatchwiseDropout, batchlab.nn.Dropout, batchlab.nn.GaussianDropout, batchlab.nn.UniformDropout)
+    for kind in kinds:
+        model = nn.Sequential(nn.Linear(3, 4), kind(), nn.BatchNorm1d(4))
+        assert_folds(train_all(model), torch.randn(5, 3), where="into the layer before")
+
+
 def test_between_two_layers_the_one_before_is_preferred():
     model = train_all(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)))
     folded = assert_folds(model, torch.randn(5, 3), where="into the layer before")

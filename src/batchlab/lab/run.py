@@ -29,6 +29,7 @@ from batchlab.lab.networks import MLP, ConvolutionalNetwork, build
 from batchlab.lab.optimizers import follow, make_optimizer, prepare
 from batchlab.lab.records import describe_run
 from batchlab.lab.settings import RunSettings, from_dict, to_dict
+from batchlab.lab.shifts import expected_shifts, mean_shifts
 from batchlab.lab.training import (
     activation_percentiles,
     batch_order,
@@ -62,11 +63,15 @@ class RunInput:
 def load_inputs(settings: RunSettings, dataset: Dataset) -> RunInput:
     """The images of a run: all training and test images, or, with `validation`, a split of the training images.
 
-    The split is the same for every run (seed 0), so that arms and rates are compared on the same images.
+    The split is the same for every run (seed 0), so that arms and rates are compared on the same images. With
+    `training_images` arms of the same seed train on the same choice, and intervals over seeds cover the choice.
     """
     parts = (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels)
     if settings.data.validation:
         parts = hold_out(dataset.train_images, dataset.train_labels, settings.data.validation, seed=0)
+    count = settings.data.training_images
+    if 0 < count < len(parts[1]):
+        parts = (*hold_out(parts[0], parts[1], count, settings.seed)[2:], *parts[2:])
     binarize = settings.data.binarize
     return RunInput(prepare_images(parts[0], binarize), parts[1], prepare_images(parts[2], binarize), parts[3])
 
@@ -303,6 +308,8 @@ def _finish(
         result["accuracy"] = state.metrics[-1]["accuracy"]
         if settings.variance_shift:  # before the statistics are recalibrated
             result["variance_shift"] = variance_shifts(network, inputs.train_images)
+            result["expected_shift"] = expected_shifts(network, inputs.train_images)
+            result["mean_shift"] = mean_shifts(network, inputs.train_images)
         if slopes := learned_slopes(network):
             result["slopes"] = slopes
         if settings.weight_growth:

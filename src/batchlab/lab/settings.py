@@ -62,15 +62,19 @@ class DataSettings:
             by 255.
         validation: how many training images are held out, stratified, and evaluated on. 0: train on all training
             images and evaluate on the test images.
+        training_images: train on this many of them, stratified, another choice for each seed; 0, or more than there
+            are: on all.
     """
 
     dataset: str = "mnist"
     binarize: bool = True
     validation: int = 0
+    training_images: int = 0
 
     def __post_init__(self) -> None:
         _require(self.dataset in ("mnist", "fashion"), "dataset", self.dataset, "'mnist', 'fashion'")
         _require(self.validation >= 0, "validation", self.validation, "0 (evaluate on test images) or a count")
+        _require(self.training_images >= 0, "training_images", self.training_images, "0 (all) or a count")
 
 
 @dataclass(frozen=True)
@@ -216,8 +220,8 @@ class RunSettings:
         probe_units: for how many units of the last hidden layer the percentiles of the input are recorded.
         evaluate_every: steps between evaluations; 0: as `spacing` says.
         training_errors: whether each evaluation counts the training images that are recognized wrongly, too.
-        variance_shift: whether the end of the run records, for each batch norm, how far the variance that it
-            normalizes by is from the one that it meets in evaluation.
+        variance_shift: whether the end of the run records, for each batch norm, how far the variance and the mean
+            that it normalizes by are from those that it meets in evaluation, and how far dropout in front explains.
         landscape: whether each evaluation measures how far the next step shifts what each layer gets, and how the loss
             behaves along the gradient, see `batchlab.lab.landscape`; training is the same to the last bit.
         weight_growth: whether the end of the run records how many times each layer's weights have grown.

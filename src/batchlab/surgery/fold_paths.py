@@ -7,6 +7,7 @@ from typing import Final
 from torch import fx, nn
 from torch.nn import functional as F
 
+from batchlab.nn import BatchwiseDropout, Dropout, GaussianDropout, UniformDropout
 from batchlab.surgery.dataflow import describe, input_of, mutates, owners
 from batchlab.surgery.fold_algebra import CannotFoldError
 from batchlab.surgery.fold_checks import has_hooks, is_layer
@@ -16,6 +17,7 @@ __all__ = ["layer_after", "layer_before"]
 PASSING: Final = (
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
     *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+    *(BatchwiseDropout, Dropout, GaussianDropout, UniformDropout),
 )
 PASSING_FUNCTIONS: Final = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 

@@ -4,6 +4,7 @@ from typing import Final
 
 from batchlab.lab.studies.bn_mnist import STUDY as BN_MNIST
 from batchlab.lab.studies.dropout_mnist import STUDY as DROPOUT_MNIST
+from batchlab.lab.studies.dropout_or_bn import STUDY as DROPOUT_OR_BN
 from batchlab.lab.studies.dropout_patterns import STUDY as DROPOUT_PATTERNS
 from batchlab.lab.studies.dropout_speed import STUDY as DROPOUT_SPEED
 from batchlab.lab.studies.factorization import STUDY as FACTORIZATION
@@ -21,6 +22,7 @@ STUDIES: Final[dict[str, Study]] = {
         BN_MNIST,
         WHITENING,
         FACTORIZATION,
+        DROPOUT_OR_BN,
         RECTIFIERS,
         LEARNING_RATES,
         WHY,
