@@ -20,6 +20,7 @@ from batchlab.lab.studies.learning_rates.answer import answer, at_baseline, grow
 from batchlab.lab.studies.learning_rates.page import (
     accuracy_table,
     best_table,
+    goal_table,
     growth_table,
     range_table,
     verdict_table,
@@ -36,7 +37,7 @@ from batchlab.lab.study import Workplace
 
 TINY = LearningRatesSettings(
     steps=20,
-    seeds=2,
+    seeds=1,
     rates=(0.1, 1e4),
     search_steps=20,
     search_seeds=2,
@@ -55,22 +56,25 @@ def scored(*rows: str) -> dict[float, list[float]]:
 
 def condition(**arms: dict[float, list[float]]) -> Condition:
     scores = {f"relu_{name}": found for name, found in arms.items()}
-    first = scores["relu_none"]
     each = {
         name: limits({rate: min(values) >= 0.9 for rate, values in found.items()}) for name, found in scores.items()
     }
     others = {name: found for name, found in scores.items() if name != "relu_none"}
-    compared = {
-        upper: {name: compare_limits(first, found, 0.9, upper=upper) for name, found in others.items()}
-        for upper in (True, False)
-    }
+    compared = [
+        {
+            name: ratio
+            for name, found in scores.items()
+            if name != base and (ratio := compare_limits(scores[base], found, 0.9, upper=upper))
+        }
+        for base, upper in (("relu_none", True), ("relu_none", False), ("relu_batch_norm", True))
+    ]
     result = ArmResult(Estimate(0.95, 0.94, 0.96, 2), Estimate(0.01, 0.002, 0.018, 2), (), 0.001)
     return Condition(
         scores,
         dict.fromkeys(scores, 1.0),
         each,
-        {name: found for name, found in compared[True].items() if found},
-        {name: found for name, found in compared[False].items() if found},
+        *compared,
+        {0.8: Times(5, 2, 10), 0.9: Times(10, 1, 100)},
         {name: {1.0: 1.1, 10.0: 2.0} for name in scores},
         {name: Estimate(0.012, 0.003, 0.021, 2) for name in others},
         {
@@ -187,7 +191,8 @@ def test_sentences_say_what_the_numbers_say() -> None:
     first, others = answer(SETTINGS, Summary({"relu": found}))
     assert first == (
         "A rate trains a network here if 90 % of held-out images are recognized after 20 steps, in each of 2 runs. "
-        "With ReLU units the network trains without a mechanism from 1 to 1, with batch norm from 0.1 or less to 10. "
+        "With ReLU units the network trains without a mechanism at 1 alone, with batch norm from 0.1 or less to 10; "
+        "its best rate is 1 without, 1 with batch norm. "
         "Batch norm's largest rate is 10 times (1 to 100) as large: clearly larger."
     )
     assert others.startswith("The other mechanisms' largest rate with ReLU units, against that without a mechanism: ")
@@ -213,7 +218,7 @@ def test_sentences_of_the_opposite_outcome() -> None:
     )
     nowhere = condition(none=scored("xxxx", "xxxx"), batch_norm=scored("xoxx", "xoxx"))
     first, others = answer(SETTINGS, Summary({"relu": nowhere}))
-    assert "without a mechanism at no rate tried, with batch norm from 1 to 1." in first
+    assert "without a mechanism at no rate tried, with batch norm at 1 alone; its best" in first
     assert "largest rate is" not in first
     assert others == "ReLU units: there is nothing else to compare."
     worse = dataclasses.replace(found, at_baseline={"relu_batch_norm": Estimate(-0.02, -0.03, -0.01, 2)})
@@ -235,9 +240,9 @@ def test_one_seed_gives_no_verdict_and_no_interval() -> None:
 def test_tables_quote_ranges_accuracies_and_growth() -> None:
     found = condition(none=scored("xoxx", "xoxx"), batch_norm=scored("xoox", "xoox"), whitening=scored("xxxx", "xxxx"))
     ranges = {row[0]: row[1:] for row in range_table(SETTINGS, found, "").rows}
-    assert ranges["none"] == ["from 1 to 1", "0.0", "–"]
-    assert ranges["batch norm"] == ["from 1 to 10", "1.0", "10 times (1 to 100): clearly larger"]
-    assert ranges["whitening"] == ["at no rate tried", "–", "–"]
+    assert ranges["none"] == ["at 1 alone", "0.0", "–", "0.1 times (0.01 to 1): clearly smaller"]
+    assert ranges["batch norm"] == ["from 1 to 10", "1.0", "10 times (1 to 100): clearly larger", "–"]
+    assert ranges["whitening"] == ["at no rate tried", "–", "–", "–"]
     assert accuracy_table(SETTINGS, found, "").rows[0] == ["none", "10.0", "95.0", "10.0", "10.0"]
     tests = best_table(found, "").rows
     assert tests[0] == ["none", "1", "94.00 % (93.00 to 95.00)", "–"]
@@ -246,6 +251,8 @@ def test_tables_quote_ranges_accuracies_and_growth() -> None:
     assert growth["none"] == ["1", "1.1", "–", "1", "1.1", "–"]
     assert growth["batch norm"] == ["1", "1.1", "0.83", "10", "2", "2.5"]
     assert growth["whitening"][3:] == ["–", "–", "–"]
+    goals = goal_table(SETTINGS, Summary({"relu": found}), "").rows
+    assert goals == [["80 %", "5 times (2 to 10): clearly larger"], ["90 %", "10 times (1 to 100): clearly larger"]]
     claims: dict[str, str] = {row[0]: row[1] for row in verdict_table(SETTINGS, Summary({"relu": found}), "").rows}
     assert claims["batch norm allows much higher learning rates"] == "ReLU: 10 times (1 to 100), clearly larger"
     assert (
@@ -273,6 +280,8 @@ def test_wrong_settings_are_refused(wrong: dict[str, Any], match: str) -> None:
 
 def test_words_for_ranges_and_arms() -> None:
     assert span(Limits(0.001, 3.0)) == "from 0.001 to 3"
+    assert span(Limits(3.0, 3.0)) == "at 3 alone"
+    assert span(Limits(3.0, 3.0, open_above=True)) == "from 3 to 3 or more"
     assert span(Limits(0.001, 3.0, True, True)) == "from 0.001 or less to 3 or more"
     assert label("relu_batch_norm") == "batch norm"
     assert SIZES["full"].goal == 0.9

@@ -26,6 +26,8 @@ def span(found: Limits) -> str:
     """Between which rates an arm trains: from 0.001 to 0.3."""
     if found.lowest is None or found.highest is None:
         return "at no rate tried"
+    if found.lowest == found.highest and not found.open_below and not found.open_above:
+        return f"at {found.lowest:g} alone"
     low = f"{found.lowest:g}{' or less' if found.open_below else ''}"
     high = f"{found.highest:g}{' or more' if found.open_above else ''}"
     return f"from {low} to {high}"
@@ -48,7 +50,8 @@ def _sum_up(settings: LearningRatesSettings, activation: str, condition: Conditi
     first, batch_norm = arm(activation, BASELINE), arm(activation, "batch_norm")
     text = (
         f"With {ACTIVATIONS[activation][0]} units the network trains without a mechanism "
-        f"{span(condition.limits[first])}, with batch norm {span(condition.limits[batch_norm])}."
+        f"{span(condition.limits[first])}, with batch norm {span(condition.limits[batch_norm])}; its best rate is "
+        f"{condition.chosen[first]:g} without, {condition.chosen[batch_norm]:g} with batch norm."
     )
     found = condition.largest.get(batch_norm)
     if found is None:
@@ -89,9 +92,8 @@ def answer(settings: LearningRatesSettings, summary: Summary) -> list[str]:
         f"{settings.search_steps:,} steps, {runs}."
     )
     sums = [_sum_up(settings, activation, condition) for activation, condition in summary.conditions.items()]
-    return [" ".join([opening, *sums])] + [
-        _others(settings, activation, condition) for activation, condition in summary.conditions.items()
-    ]
+    others = [_others(settings, activation, condition) for activation, condition in summary.conditions.items()]
+    return [f"{opening} {sums[0]}", *sums[1:], *others]
 
 
 def at_baseline(settings: LearningRatesSettings, condition: Condition, activation: str) -> str:

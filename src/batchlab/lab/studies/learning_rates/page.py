@@ -24,11 +24,11 @@ from batchlab.lab.studies.learning_rates.settings import (
     arm,
     label,
 )
-from batchlab.lab.studies.learning_rates.summary import Condition, Summary
+from batchlab.lab.studies.learning_rates.summary import Condition, Limits, Summary
 from batchlab.lab.studies.sections import footer, method_section
 from batchlab.lab.studies.sentences import percent, points
 
-__all__ = ["accuracy_table", "best_table", "build_page", "growth_table", "range_table", "verdict_table"]
+__all__ = ["accuracy_table", "best_table", "build_page", "goal_table", "growth_table", "range_table", "verdict_table"]
 
 SOURCES = (
     "Ioffe & Szegedy 2015, Batch Normalization (arXiv:1502.03167), sections 3.3 and 4.2; Salimans & Kingma 2016, "
@@ -43,16 +43,27 @@ def range_table(settings: LearningRatesSettings, condition: Condition, caption: 
     rows = []
     for name, found in condition.limits.items():
         width = found.decades
-        against = condition.largest.get(name)
-        compared = f"{factor(against)}: {verdict(against, settings.search_seeds)}" if against else "–"
-        rows.append([label(name), span(found), "–" if width is None else f"{width:.1f}", compared])
-    header = ["arm", "trains", "powers of ten", "its largest rate against that of none"]
+        compared = [
+            f"{factor(ratio)}: {verdict(ratio, settings.search_seeds)}" if ratio else "–"
+            for ratio in (condition.largest.get(name), condition.than_batch_norm.get(name))
+        ]
+        rows.append([label(name), span(found), "–" if width is None else f"{width:.1f}", *compared])
+    header = ["arm", "trains", "powers of ten", "largest rate against none", "against batch norm"]
     return Table(header, rows, caption)
 
 
+def _trains(found: Limits, rate: float) -> bool:
+    return found.lowest is not None and found.highest is not None and found.lowest <= rate <= found.highest
+
+
 def accuracy_table(settings: LearningRatesSettings, condition: Condition, caption: str) -> Table:
-    """Mean accuracy of each arm at each rate, in per cent."""
+    """Mean accuracy of each arm in per cent, at the rates that train any of them and their two neighbours."""
     rates = sorted(settings.rates)
+    train = [
+        place for place, rate in enumerate(rates) if any(_trains(found, rate) for found in condition.limits.values())
+    ]
+    if train:
+        rates = rates[max(train[0] - 1, 0) : train[-1] + 2]
     rows = [
         [label(name), *(f"{100 * fmean(scores[rate]):.1f}" for rate in rates)]
         for name, scores in condition.scores.items()
@@ -90,11 +101,25 @@ def growth_table(condition: Condition, caption: str) -> Table:
     return Table(header, rows, caption)
 
 
+def goal_table(settings: LearningRatesSettings, summary: Summary, caption: str) -> Table:
+    """Batch norm's largest rate against the baseline's, had a run to reach less to count as trained."""
+    goals = sorted({goal for condition in summary.conditions.values() for goal in condition.at_goals})
+    rows = []
+    for goal in goals:
+        cells = []
+        for condition in summary.conditions.values():
+            found = condition.at_goals.get(goal)
+            cells.append(f"{factor(found)}: {verdict(found, settings.search_seeds)}" if found else "–")
+        rows.append([f"{100 * goal:g} %", *cells])
+    header = ["accuracy to reach", *(f"{ACTIVATIONS[activation][0]} units" for activation in summary.conditions)]
+    return Table(header, rows, caption)
+
+
 def _above(settings: LearningRatesSettings, condition: Condition, activation: str) -> str:
     """Accuracy of the baseline and of batch norm at the next rates above the baseline's best."""
     names = arm(activation, BASELINE), arm(activation, "batch_norm")
     own = condition.chosen[names[0]]
-    steps = [rate for rate in sorted(settings.rates) if rate > own * (1 + 1e-9)][:3]
+    steps = [rate for rate in sorted(settings.rates) if rate > own][:4]
     if not steps:
         return "none: the baseline's best rate is the largest tried"
     parts = [
@@ -165,8 +190,8 @@ def _condition_blocks(
     return [
         FigureBlock(
             drawn[f"{activation}-ranges"],
-            f"Learning rates at which every seed reaches {goal}, {kind} units; the dot is the best rate. Blue: "
-            "the length of the hidden weights has no influence on the output.",
+            f"Learning rates at which every seed reaches {goal}, {kind} units; the dot is the best rate, "
+            "without a bar where no rate does. Blue: the length of the hidden weights has no influence on the output.",
         ),
         range_table(
             settings,
@@ -180,7 +205,7 @@ def _condition_blocks(
             condition,
             f"Held-out images recognized, in per cent, by learning rate, {kind} units: means over "
             f"{settings.search_seeds} seeds of the last fifth of {settings.search_steps:,} steps; a run that diverged "
-            "counts as guessing.",
+            "counts as guessing. Rates further out train no arm.",
         ),
         best_table(
             condition,
@@ -211,7 +236,8 @@ def build_page(finished: Finished, summary: Summary, command: str, drawn: dict[s
         Paragraph(
             "Where a normalization follows, or the weight is a direction with a gain, the length of the weight does "
             "not change the output, and gradients fall as it grows: a step of a given rate turns a weight that has "
-            "become g times as long only like a step of rate / g² at the start."
+            "become g times as long only like a step of rate / g² at the start. The tables show how far that "
+            "goes; no run here holds the lengths fixed, so that it remains a reading of the ranges, not a proof."
         )
     ]
     growth += [
@@ -243,7 +269,18 @@ def build_page(finished: Finished, summary: Summary, command: str, drawn: dict[s
         ),
         sections=[
             *sections,
-            Section("Why: the weights grow", growth),
+            Section(
+                "Does it depend on the accuracy to reach?",
+                [
+                    goal_table(
+                        settings,
+                        summary,
+                        "Batch norm's largest rate against that without a mechanism, if a run counts as trained with "
+                        "less. The smallest rates depend on the number of steps, too.",
+                    )
+                ],
+            ),
+            Section("A reason: weights grow, and steps turn them less", growth),
             Section(
                 "Next to the papers",
                 [verdict_table(settings, summary, "What the papers say, and what was found here, on a small network.")],

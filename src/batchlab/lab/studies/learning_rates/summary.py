@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Final
 
 from batchlab.lab.comparison import Estimate, paired_difference
 from batchlab.lab.studies.arm_results import CHANCE, ArmResult, arm_results
@@ -13,7 +14,10 @@ from batchlab.lab.studies.comparison_study import Finished
 from batchlab.lab.studies.learning_rates.settings import BASELINE, LearningRatesSettings, arm
 from batchlab.lab.studies.search import SEARCH_SEED, Scores, run_name
 
-__all__ = ["Condition", "Limits", "Summary", "Times", "compare_limits", "limits", "summarize"]
+__all__ = ["GOALS", "Condition", "Limits", "Summary", "Times", "compare_limits", "limits", "summarize"]
+
+GOALS: Final = (0.5, 0.7, 0.8)
+"""Lower accuracies that a run could have to reach: do the limits depend on the one that was chosen?"""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class Condition:
         largest: arm -> its largest rate against the baseline's; an arm that has none, or whose baseline has none, is
             left out.
         smallest: the same for the smallest rates.
+        than_batch_norm: arm -> its largest rate against batch norm's.
+        at_goals: accuracy with which a run would count as trained -> batch norm's largest rate against the baseline's.
         growth: arm -> rate -> how many times the hidden weights grew, the geometric mean over layers and over the seeds
             that did not diverge; rates at which all did are left out.
         at_baseline: arm -> paired difference of its accuracy to the baseline's, both at the baseline's best rate.
@@ -85,6 +91,8 @@ class Condition:
     limits: dict[str, Limits]
     largest: dict[str, Times]
     smallest: dict[str, Times]
+    than_batch_norm: dict[str, Times]
+    at_goals: dict[float, Times]
     growth: dict[str, dict[float, float]]
     at_baseline: dict[str, Estimate]
     results: dict[str, ArmResult]
@@ -177,21 +185,25 @@ def _condition(finished: Finished, activation: str) -> Condition:
     }
     chosen = {name: finished.chosen[name] for name in names}
     own = chosen[first]
-    both = {
-        upper: {
-            name: compare_limits(scores[first], scores[name], settings.goal, upper=upper)
-            for name in names
-            if name != first
-        }
-        for upper in (True, False)
+    batch_norm = arm(activation, "batch_norm")
+    goals = {
+        goal: compare_limits(scores[first], scores[batch_norm], goal, upper=True)
+        for goal in (*(goal for goal in GOALS if goal < settings.goal), settings.goal)
     }
+
+    def against(base: str, upper: bool) -> dict[str, Times]:
+        found = {name: compare_limits(scores[base], scores[name], settings.goal, upper=upper) for name in names}
+        return {name: ratio for name, ratio in found.items() if ratio is not None and name != base}
+
     growth = {name: {rate: _growth(finished, name, rate) for rate in scores[name]} for name in names}
     return Condition(
         scores,
         chosen,
         {name: _every(scores[name], settings.goal) for name in names},
-        {name: found for name, found in both[True].items() if found is not None},
-        {name: found for name, found in both[False].items() if found is not None},
+        against(first, True),
+        against(first, False),
+        against(batch_norm, True),
+        {goal: ratio for goal, ratio in goals.items() if ratio is not None},
         {name: {rate: value for rate, value in row.items() if value is not None} for name, row in growth.items()},
         {name: paired_difference(scores[first][own], scores[name][own]) for name in names if name != first},
         arm_results(replace(finished, chosen=chosen), first, ()),
