@@ -171,7 +171,8 @@ def verdict_table(summary: Summary, caption: str) -> Table:
             "gradients shift as much with batch norm as without, or more",
             f"relative to the gradient, own rates: {_cell(summary, 'batch_norm', 'relative_shift')}",
         ],
-        ["the same, not divided by the gradient", _cell(summary, "batch_norm", "shift")],
+        ["... not divided by the gradient", _cell(summary, "batch_norm", "shift")],
+        ["... as a turn of the gradient, 1 - cos(G, G')", _cell(summary, "batch_norm", "turn")],
         [
             "(Ioffe & Szegedy) the distribution of what layers get shifts less",
             f"means of a layer's inputs: {_cell(summary, 'batch_norm', 'moved')}",
