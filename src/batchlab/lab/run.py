@@ -261,7 +261,11 @@ def _run_locked(
             if not math.isfinite(train_loss):
                 status = "diverged"
                 break
-            state.metrics.append(_measure(settings, network, optimizer, inputs, goal, train_loss if goal else None))
+            line = _measure(settings, network, optimizer, inputs, goal, train_loss if goal else None)
+            if not math.isfinite(line["loss"]):  # the last step was the one too far
+                status = "diverged"
+                break
+            state.metrics.append(line)
             stream.write(_lines(state.metrics[-1:]))
             stream.flush()
             if on_evaluation is not None:
