@@ -255,6 +255,14 @@ def test_a_killed_run_goes_on_with_the_same_measurements(digits: Dataset, tmp_pa
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_a_run_whose_last_step_went_too_far_is_recorded_as_diverged(digits: Dataset, tmp_path: Path) -> None:
+    network = NetworkSettings((16,), "relu", weight_std=1.0)
+    wild = run_settings(network=network, optimizer=OptimizerSettings(1e38), steps=1, landscape=True)
+    run(wild, digits, tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["status"], result["steps"], result["evaluations"]) == ("diverged", 1, 1)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

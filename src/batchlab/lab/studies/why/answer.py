@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from statistics import fmean
 
 from batchlab.lab.comparison import Estimate
 from batchlab.lab.report import Table
 from batchlab.lab.studies.arm_results import ArmResult
-from batchlab.lab.studies.why.settings import NETWORKS, WhySettings, arm_of
+from batchlab.lab.studies.why.settings import NETWORKS, NORMALIZATIONS, WhySettings, arm_of
 from batchlab.lab.studies.why.summary import Measured, Summary
 
 __all__ = ["answer", "compared", "number", "ratio_of", "ratio_text", "verdict_table"]
@@ -51,13 +50,15 @@ def compared(ratio: Estimate | None) -> str:
 
 
 def _verdict(ratio: Estimate | None) -> str:
+    """Whether a ratio says that batch norm makes something smaller, and how sure that is."""
     if ratio is None:
         return "not measured"
+    size = f"{ratio_text(ratio)} times as much as without normalization"
     if math.isnan(ratio.low):
-        return "one seed cannot tell"
+        return f"one seed cannot tell, {size}"
     if not _is_clear(ratio):
-        return "not clearly"
-    return "no, it is larger" if ratio.mean > 1 else "yes"
+        return f"no clear difference, {size}"
+    return f"{'no' if ratio.mean > 1 else 'yes'}, {size}"
 
 
 def ratio_of(
@@ -68,13 +69,13 @@ def ratio_of(
     return None if found is None else found.ratio
 
 
-def _in_networks(texts: Sequence[str]) -> str:
-    return " and ".join(f"{text} in the {name}" for text, name in zip(texts, NETWORKS.values(), strict=True))
-
-
 def _all(summary: Summary, normalization: str, measure: str, rates: str = "own", window: str = "same loss") -> str:
-    texts = [compared(ratio_of(summary, network, normalization, measure, rates, window)) for network in NETWORKS]
-    return _in_networks(texts)
+    """A measure compared with no normalization, in each network."""
+    texts = [
+        f"{name} {compared(ratio_of(summary, network, normalization, measure, rates, window))}"
+        for network, name in NETWORKS.items()
+    ]
+    return "; ".join(texts)
 
 
 def _fewer(result: ArmResult, target: float) -> Estimate | None:
@@ -84,17 +85,13 @@ def _fewer(result: ArmResult, target: float) -> Estimate | None:
 def _steps(summary: Summary, network: str) -> str:
     target = summary.targets[network]
     if target is None:
-        return f"no target was reached by every run of the {NETWORKS[network]}"
-    counts = {}
-    for normalization in ("none", "batch_norm", "noisy_batch_norm"):
+        return f"{NETWORKS[network]}, none that every run reached"
+    counts = []
+    for normalization, label in NORMALIZATIONS.items():
         result = summary.results[network][arm_of(network, normalization)]
         got = next([n for n in row.other if n is not None] for row in result.steps if row.target == target)
-        counts[normalization] = f"{float(f'{fmean(got):.3g}'):,.0f}"
-    return (
-        f"{100 * target:g} % of the test images are recognized by the {NETWORKS[network]} after {counts['none']} steps "
-        f"without normalization, {counts['batch_norm']} with batch norm and {counts['noisy_batch_norm']} with noisy "
-        "batch norm"
-    )
+        counts.append(f"{float(f'{fmean(got):.3g}'):,.0f} ({label})")
+    return f"{NETWORKS[network]}, {100 * target:g} %, after {', '.join(counts)}"
 
 
 def _faster_with_more_shift(summary: Summary) -> str:
@@ -118,32 +115,20 @@ def answer(settings: WhySettings, summary: Summary) -> list[str]:
     """The sentences that open the report: the shift; noise; the landscape."""
     high, low = settings.losses
     shift = "batch_norm", "relative_shift"
-    verdicts = [_verdict(ratio_of(summary, network, *shift)) for network in NETWORKS]
-    learned = "; ".join(_steps(summary, network) for network in NETWORKS)
+    verdicts = [f"In the {name}: {_verdict(ratio_of(summary, network, *shift))}." for network, name in NETWORKS.items()]
     return [
-        "Does batch norm reduce internal covariate shift? By how much a layer's gradient changes, relative to itself, "
-        f"when the layers in front of it take their next step: {_in_networks(verdicts)}. Compared with no "
-        f"normalization this change is {_all(summary, *shift)}, each arm at its own best rate, while the training loss "
-        f"is between {high:g} and {low:g}. In the first tenth of training it is "
-        f"{_all(summary, *shift, window='early')}; in the second half {_all(summary, *shift, window='late')}. With all "
-        f"arms at one rate, at that training loss, it is {_all(summary, *shift, rates='common')}.",
-        "With noise behind batch norm whose distribution is drawn anew in each step, the change from one step to the "
-        f"next, noise included, is {_all(summary, 'noisy_batch_norm', 'relative_shift_anew')}, compared with no "
-        f"normalization. {learned[0].upper()}{learned[1:]}. {_faster_with_more_shift(summary)}",
-        "What else batch norm changes is the way along the gradient. With all arms at one rate, at the same training "
-        "loss, the largest change of the gradient between a half and four times the gradient step is "
-        f"{_all(summary, 'batch_norm', 'change', 'common')}, and the effective β-smoothness "
-        f"{_all(summary, 'batch_norm', 'smoothness', 'common')}; with noisy batch norm the β-smoothness is "
-        f"{_all(summary, 'noisy_batch_norm', 'smoothness', 'common')}.",
+        f"Does batch norm reduce internal covariate shift? {' '.join(verdicts)} Measured is how much the next step of "
+        "the layers in front changes a layer's gradient, relative to the gradient, while the training loss is between "
+        f"{high:g} and {low:g}, each arm at its own best rate.",
+        f"Early in training: {_all(summary, *shift, window='early')}. Late: {_all(summary, *shift, window='late')}.",
+        "With noise behind batch norm that is drawn anew in each step and counts as shift, compared with no "
+        f"normalization: {_all(summary, 'noisy_batch_norm', 'relative_shift_anew')}. Steps to a test accuracy: "
+        f"{'; '.join(_steps(summary, network) for network in NETWORKS)}. {_faster_with_more_shift(summary)}",
+        "What a step meets on its way, all arms at one rate, at the same training loss. Largest change of the gradient "
+        f"from a half to four times the gradient step, with batch norm: {_all(summary, 'batch_norm', 'change', 'common')}"
+        f". Effective β-smoothness, with batch norm: {_all(summary, 'batch_norm', 'smoothness', 'common')}; with noisy "
+        f"batch norm: {_all(summary, 'noisy_batch_norm', 'smoothness', 'common')}.",
     ]
-
-
-def _cell(summary: Summary, normalization: str, measure: str, rates: str = "own") -> str:
-    texts = [
-        f"{name}: {compared(ratio_of(summary, network, normalization, measure, rates))}"
-        for network, name in NETWORKS.items()
-    ]
-    return "; ".join(texts)
 
 
 def _noisy_steps(summary: Summary) -> str:
@@ -169,20 +154,22 @@ def verdict_table(summary: Summary, caption: str) -> Table:
     rows = [
         [
             "gradients shift as much with batch norm as without, or more",
-            f"relative to the gradient, own rates: {_cell(summary, 'batch_norm', 'relative_shift')}",
+            f"relative to the gradient, own rates: {_all(summary, 'batch_norm', 'relative_shift')}",
         ],
-        ["the same, not divided by the gradient", _cell(summary, "batch_norm", "shift")],
+        ["... all arms at one rate", _all(summary, "batch_norm", "relative_shift", "common")],
+        ["... not divided by the gradient", _all(summary, "batch_norm", "shift")],
+        ["... as a turn of the gradient, 1 - cos(G, G')", _all(summary, "batch_norm", "turn")],
         [
             "(Ioffe & Szegedy) the distribution of what layers get shifts less",
-            f"means of a layer's inputs: {_cell(summary, 'batch_norm', 'moved')}",
+            f"means of a layer's inputs: {_all(summary, 'batch_norm', 'moved')}",
         ],
-        ["noise after batch norm shifts what layers get", _cell(summary, "noisy_batch_norm", "moved_anew")],
+        ["noise after batch norm shifts what layers get", _all(summary, "noisy_batch_norm", "moved_anew")],
         ["... and training is still faster than without normalization", _noisy_steps(summary)],
         [
             "the loss varies less along the gradient",
-            f"common rate: {_cell(summary, 'batch_norm', 'loss_range', 'common')}",
+            f"common rate: {_all(summary, 'batch_norm', 'loss_range', 'common')}",
         ],
-        ["gradients are more predictive", f"common rate: {_cell(summary, 'batch_norm', 'change', 'common')}"],
-        ["the loss is smoother (effective β)", f"common rate: {_cell(summary, 'batch_norm', 'smoothness', 'common')}"],
+        ["gradients are more predictive", f"common rate: {_all(summary, 'batch_norm', 'change', 'common')}"],
+        ["the loss is smoother (effective β)", f"common rate: {_all(summary, 'batch_norm', 'smoothness', 'common')}"],
     ]
     return Table(["the paper", "here, batch norm compared with none"], rows, caption)
