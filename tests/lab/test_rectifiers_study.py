@@ -16,7 +16,7 @@ from batchlab.lab.settings import SettingsError
 from batchlab.lab.studies import STUDIES
 from batchlab.lab.studies.rectifiers import COMPARISON
 from batchlab.lab.studies.rectifiers.answer import accuracy_text, answer, closing, in_words, listed, sure, verdicts
-from batchlab.lab.studies.rectifiers.page import slope_table, start_table, steps_table
+from batchlab.lab.studies.rectifiers.page import rate_table, slope_table, start_table, steps_table
 from batchlab.lab.studies.rectifiers.settings import SIZES, RectifiersSettings, cell
 from batchlab.lab.studies.rectifiers.summary import CellResult, Summary, fewer_steps, gain
 from batchlab.lab.study import Workplace
@@ -132,9 +132,9 @@ def test_which_networks_train_and_which_is_best() -> None:
 def test_the_start_is_judged_by_the_numbers() -> None:
     stalled = result(0.11, 0.11, 0.12, steps=(None, None, None))
     start = answer(FULL, summary(FULL, relu_xavier_30_none=stalled))[2]
-    assert "without batch norm 90.00 % (87.52 to 92.48) from He's start and 11.33 % (0 of 3 runs train) from" in start
-    assert "Xavier's (+78.67 percentage points, 95 % interval +77.23 to +80.10)" in start
-    assert "from Xavier's (no clear difference: +0.00 percentage points" in start
+    assert start.startswith("ReLU, 30 hidden layers, He's start against Xavier's: without batch norm 90.00 % (87.52 to")
+    assert "against 11.33 % (0 of 3 runs train) (+78.67 percentage points, 95 % interval +77.23 to +80.10); wi" in start
+    assert "with batch norm 90.00 % (87.52 to 92.48) against 90.00 % (87.52 to 92.48) (no clear diff" in start
     other = answer(FULL, summary(FULL, relu_he_30_none=stalled))[2]
     assert "(-78.67 percentage points, 95 % interval -80.10 to -77.23)" in other
 
@@ -168,7 +168,8 @@ def test_the_papers_statements_meet_the_numbers() -> None:
     rows = verdicts(FULL, found)
     by_claim = {row[0]: row[1] for row in rows}
     assert by_claim["30 layers of ReLU: He's start converges, Xavier's stalls"] == (
-        "He's start: 90.00 % (87.52 to 92.48); Xavier's start: 11.00 % (0 of 3 runs train), 1 diverged"
+        "30 hidden layers. He's start: 90.00 % (87.52 to 92.48); Xavier's start: 11.00 % (0 of 3 runs train), "
+        "1 diverged"
     )
     both = by_claim["22 layers of ReLU: both converge, He's earlier"]
     assert both.endswith("He's takes 100 steps to 90 %, Xavier's 267, 2.52 (0.93 to 6.81) times as many")
@@ -212,8 +213,9 @@ def test_the_table_of_the_start_has_theory_and_measurement() -> None:
     assert len(rows) == 10
 
 
-def test_rates_at_the_edge_are_named() -> None:
-    found = summary(TINY)
+def test_rates_are_shown_of_networks_that_train_and_edges_are_named() -> None:
+    found = summary(TINY, sigmoid_3_none=result(0.1, 0.1, 0.9))
+    assert rate_table(TINY, found, "").rows[0] == ["sigmoid, without batch norm", "0.03", "–"]
     assert closing(found) == "No network that trains has its best rate at the edge of those tried."
     edge = dataclasses.replace(found, not_closed=(cell("relu_he", 3, "batch_norm"),))
     assert closing(edge).endswith("beyond: ReLU, He's start, 3 layers, with batch norm (0.03).")

@@ -120,8 +120,8 @@ def answer(settings: RectifiersSettings, summary: Summary) -> list[str]:
     for norm, words in NORMALIZATIONS.items():
         he, xavier = (accuracy_text(summary.cells[cell(name, deepest, norm)]) for name in ("relu_he", "relu_xavier"))
         between = sure(gain(summary, cell("relu_he", deepest, norm), cell("relu_xavier", deepest, norm)))
-        start.append(f"{words} {he} from He's start and {xavier} from Xavier's ({between})")
-    sentences.append(f"With {deepest} hidden layers of ReLU units the accuracy is {'; '.join(start)}.")
+        start.append(f"{words} {he} against {xavier} ({between})")
+    sentences.append(f"ReLU, {deepest} hidden layers, He's start against Xavier's: {'; '.join(start)}.")
     rectifier = [
         f"{words} {in_words(_gains(settings, summary, 'prelu_he', 'relu_he', norm))}"
         for norm, words in NORMALIZATIONS.items()
@@ -170,7 +170,7 @@ def _both(settings: RectifiersSettings, summary: Summary, depth: int) -> str:
             f"He's takes {steps_text(summary.cells[he])} steps to {100 * settings.target:g} %, Xavier's "
             f"{steps_text(summary.cells[xavier])}, {ratio.mean:.2f}{interval} times as many"
         )
-    return "; ".join(parts)
+    return f"{depth} hidden layers. {'; '.join(parts)}"
 
 
 def verdicts(settings: RectifiersSettings, summary: Summary) -> list[list[str]]:

@@ -45,6 +45,10 @@ def _grid(settings: RectifiersSettings, summary: Summary) -> str:
     )
 
 
+def _ticks(settings: RectifiersSettings) -> list[int]:
+    return [1, *range(5, settings.depths[-1] + 1, 5)]
+
+
 def _through_layers(
     name: str, settings: RectifiersSettings, lines: dict[str, Sequence[float]], dashed: str, y_label: str
 ) -> str:
@@ -58,6 +62,7 @@ def _through_layers(
         shown,
         x_label="hidden layer",
         y_label=y_label,
+        x_ticks=_ticks(settings),
         log_y=True,
         limits=(0.5 * min(min(line.y) for line in shown.values()), None),
         description=f"{y_label} against the layer, before the first step, for {', '.join(lines)}",
@@ -71,7 +76,7 @@ def _starts(settings: RectifiersSettings, summary: Summary) -> dict[str, str]:
         f"{STARTS[name].label.replace(' start', '')}, batch norm": summary.cells[cell(name, deepest, "batch_norm")]
         for name in ("sigmoid", "relu_he", "prelu_he")
     }
-    theory = "Xavier's start in theory: ½ a layer"
+    theory = "in theory: ½ a layer"
     sizes: dict[str, Sequence[float]] = {key: found.sizes for key, found in plain.items()}
     sizes[theory] = [0.5**layer for layer in range(deepest)]
     shares: dict[str, Sequence[float]] = {key: found.differing for key, found in plain.items()}
@@ -89,19 +94,24 @@ def _starts(settings: RectifiersSettings, summary: Summary) -> dict[str, str]:
 def _slopes(settings: RectifiersSettings, summary: Summary) -> str:
     deepest = settings.depths[-1]
     lines = {}
-    for norm, words in NORMALIZATIONS.items():
+    for norm, behind in (("none", ""), ("batch_norm", ", batch norm")):
         for name in ("prelu_xavier", "prelu_he"):
             runs = summary.cells[cell(name, deepest, norm)].slopes
             if runs:
                 points = [estimate(layer) for layer in zip(*runs, strict=True)]
-                lines[f"{STARTS[name].label.partition(', ')[2]}, {words}"] = Line(
+                lines[STARTS[name].label.partition(", ")[2] + behind] = Line(
                     range(1, deepest + 1), [p.mean for p in points], [p.low for p in points], [p.high for p in points]
                 )
+    means = [value for line in lines.values() for value in line.y]
+    lowest, highest = min(means), max(means)
     return line_figure(
         "slopes",
         lines,
         x_label="hidden layer",
         y_label="learned slope",
+        x_ticks=_ticks(settings),
+        # Bands of few seeds can be far wider than the lines are apart.
+        limits=(min(0.0, 1.25 * lowest), max(0.5, 1.25 * highest)),
         levels={"at the start": 0.25},
         description="Learned slope of each layer's PReLU for " + ", ".join(lines),
     )

@@ -9,22 +9,20 @@ from batchlab.lab.report import Block, FigureBlock, Page, Paragraph, Section, Ta
 from batchlab.lab.studies.comparison_study import Finished
 from batchlab.lab.studies.rectifiers.answer import accuracy_text, answer, closing, steps_text, verdicts
 from batchlab.lab.studies.rectifiers.settings import NORMALIZATIONS, STARTS, RectifiersSettings, cell
-from batchlab.lab.studies.rectifiers.summary import CellResult, Summary
+from batchlab.lab.studies.rectifiers.summary import Summary, trains
 from batchlab.lab.studies.sections import footer, method_section
 
-__all__ = ["accuracy_table", "build_page", "slope_table", "start_table", "steps_table", "verdict_table"]
+__all__ = ["accuracy_table", "build_page", "rate_table", "slope_table", "start_table", "steps_table", "verdict_table"]
 
 SOURCE = "He, Zhang, Ren & Sun 2015, Delving Deep into Rectifiers (arXiv:1502.01852)."
 
 
-def _by_depth(
-    settings: RectifiersSettings, summary: Summary, text: Callable[[CellResult], str], caption: str, kind: str = ""
-) -> Table:
-    """A row for each nonlinearity, first weights and normalization; a column for each depth."""
+def _by_depth(settings: RectifiersSettings, text: Callable[[str], str], caption: str, kind: str = "") -> Table:
+    """A row for each nonlinearity, first weights and normalization; a column for each depth; `text` of each name."""
     rows = [
         [
             f"{start.label}, {words}",
-            *(text(summary.cells[cell(name, depth, norm)]) for depth in settings.depths),
+            *(text(cell(name, depth, norm)) for depth in settings.depths),
         ]
         for norm, words in NORMALIZATIONS.items()
         for name, start in STARTS.items()
@@ -35,25 +33,26 @@ def _by_depth(
 
 def accuracy_table(settings: RectifiersSettings, summary: Summary, caption: str) -> Table:
     """Test accuracy of every network, and how many of its runs train where not all do."""
-    return _by_depth(settings, summary, accuracy_text, caption)
+    return _by_depth(settings, lambda name: accuracy_text(summary.cells[name]), caption)
 
 
 def steps_table(settings: RectifiersSettings, summary: Summary, caption: str) -> Table:
     """Steps of every network to the target."""
-    return _by_depth(settings, summary, steps_text, caption)
+    return _by_depth(settings, lambda name: steps_text(summary.cells[name]), caption)
 
 
 def slope_table(settings: RectifiersSettings, summary: Summary, caption: str) -> Table:
     """The learned slopes of the first layer and of the deeper ones."""
 
-    def text(result: CellResult) -> str:
+    def text(name: str) -> str:
+        result = summary.cells[name]
         if not result.slopes:
             return "–"
         first = f"{fmean(slopes[0] for slopes in result.slopes):.3f}"
         deeper = [fmean(slopes[1:]) for slopes in result.slopes if len(slopes) > 1]
         return f"{first}, {fmean(deeper):.3f}" if deeper else first
 
-    return _by_depth(settings, summary, text, caption, "prelu")
+    return _by_depth(settings, text, caption, "prelu")
 
 
 def start_table(settings: RectifiersSettings, summary: Summary, caption: str) -> Table:
@@ -70,6 +69,13 @@ def start_table(settings: RectifiersSettings, summary: Summary, caption: str) ->
             rows.append([f"{start.label}, {words}", theory, f"{found.sizes[-1]:.2g}", share, gradient])
     header = ["network", "mean square in theory, first layer = 1", "measured", "differs between images", "gradient"]
     return Table(header, rows, caption)
+
+
+def rate_table(settings: RectifiersSettings, summary: Summary, caption: str) -> Table:
+    """The learning rates that were chosen; none where not every run trains."""
+    return _by_depth(
+        settings, lambda name: f"{summary.chosen[name]:g}" if trains(summary.cells[name]) else "–", caption
+    )
 
 
 def verdict_table(settings: RectifiersSettings, summary: Summary, caption: str) -> Table:
@@ -172,7 +178,7 @@ def build_page(finished: Finished, summary: Summary, command: str, drawn: dict[s
                         settings,
                         summary,
                         f"Steps until {100 * settings.target:g} % of the test images are first recognized, means over "
-                        "the runs that got there.",
+                        f"the runs that got there; evaluations are {100 * settings.spacing:g} % of the steps apart.",
                     ),
                 ],
             ),
@@ -188,6 +194,12 @@ def build_page(finished: Finished, summary: Summary, command: str, drawn: dict[s
                             "ones. The test images had no part in it.",
                         )
                         for norm, words in NORMALIZATIONS.items()
+                    ),
+                    rate_table(
+                        settings,
+                        summary,
+                        "The chosen learning rates of the networks of which every run trains. All were offered "
+                        f"{', '.join(f'{rate:g}' for rate in settings.rates)}.",
                     ),
                     Paragraph(closing(summary)),
                 ],

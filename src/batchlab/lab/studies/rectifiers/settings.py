@@ -98,7 +98,7 @@ class RectifiersSettings(ComparisonSettings):
 SIZES: Final[dict[str, RectifiersSettings]] = {
     "full": RectifiersSettings(),
     "demo": RectifiersSettings(
-        steps=600, seeds=2, rates=(0.004, 0.03, 0.25), search_steps=200, search_seeds=1, depths=(3, 22)
+        steps=1_000, seeds=3, rates=(0.004, 0.03, 0.12, 0.5), search_steps=300, search_seeds=1, depths=(3, 22)
     ),
     "quick": RectifiersSettings(
         steps=150, seeds=2, rates=(0.01, 0.1), search_steps=40, search_seeds=1, depths=(2, 16), width=32, spacing=0.5
