@@ -7,7 +7,9 @@ from typing import Final
 
 from batchlab.lab.report import Table
 from batchlab.lab.studies.comparison_study import Comparison, Finished, comparison_study
+from batchlab.lab.studies.dropout_or_bn.answer import answer
 from batchlab.lab.studies.dropout_or_bn.arms import arms
+from batchlab.lab.studies.dropout_or_bn.figures import figures
 from batchlab.lab.studies.dropout_or_bn.page import build_page, error_table
 from batchlab.lab.studies.dropout_or_bn.settings import SIZES, DropoutOrBnSettings
 from batchlab.lab.studies.dropout_or_bn.summary import Summary, summarize
@@ -15,12 +17,12 @@ from batchlab.lab.studies.dropout_or_bn.summary import Summary, summarize
 __all__ = ["COMPARISON", "STUDY"]
 
 
-def _figures(finished: Finished, summary: Summary) -> dict[str, str]:  # noqa: ARG001
-    return {}
-
-
 def _ending(finished: Finished, summary: Summary) -> tuple[str, Table, Sequence[str]]:
-    return "Test error, each network at its own best rate", error_table(finished.settings, summary, ""), []
+    return (
+        "Test error, each network at its own best rate",
+        error_table(finished.settings, summary, ""),
+        answer(finished.settings, summary),
+    )
 
 
 COMPARISON: Final = Comparison(
@@ -30,7 +32,7 @@ COMPARISON: Final = Comparison(
     sizes=SIZES,
     arms=arms,
     summarize=summarize,
-    figures=_figures,
+    figures=figures,
     build_page=build_page,
     ending=_ending,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from batchlab.lab.settings import DataSettings, DropoutSettings, NetworkSettings, OptimizerSettings, RunSettings
@@ -11,9 +11,9 @@ from batchlab.lab.studies.dropout_or_bn.settings import DropoutOrBnSettings
 __all__ = ["PLACES", "Arm", "arms", "named_arms"]
 
 PLACES: Final[dict[str, str]] = {
-    "hidden": "behind each activation",
-    "before_normalization": "directly in front of each batch norm",
-    "last": "behind the last batch norm only",
+    "hidden": "between",
+    "before_normalization": "before BN",
+    "last": "last",
 }
 """Position of the dropouts -> what figures and tables call it."""
 
@@ -49,13 +49,19 @@ class Arm:
     @property
     def label(self) -> str:
         """In figures and tables."""
-        kind = {"none": "", "independent": f"dropout {self.share:g}", "batchwise": f"batchwise {self.share:g}"}
-        parts = [
-            *(["batch norm"] if self.batch_norm else []),
-            *([kind[self.dropout]] if self.dropout != "none" else []),
-        ]
-        place = f", {PLACES[self.place]}" if self.batch_norm and self.dropout != "none" else ""
-        return f"{'convolutional: ' if self.convolutional else ''}{' + '.join(parts) or 'neither'}{place}"
+        words = ["BN"] if self.batch_norm else []
+        words += [f"{'batchwise' if self.dropout == 'batchwise' else 'dropout'} {self.share:g}"] if self.share else []
+        several = self.batch_norm and self.share and not self.convolutional
+        place = f", {PLACES[self.place]}" if several else ""
+        return f"{'conv: ' if self.convolutional else ''}{' + '.join(words) or 'neither'}{place}"
+
+    def without_batch_norm(self) -> Arm:
+        """The arm with the same dropout, and without batch norm."""
+        return replace(self, batch_norm=False, place="hidden")
+
+    def without_dropout(self) -> Arm:
+        """The arm with the same normalization, and without dropout."""
+        return Arm(self.batch_norm, convolutional=self.convolutional)
 
 
 def named_arms(settings: DropoutOrBnSettings) -> dict[str, Arm]:

@@ -54,10 +54,10 @@ class DropoutOrBnSettings(ComparisonSettings):
             raise SettingsError(
                 f"widths is {self.widths}; two or more hidden layers, or no batch norm is behind dropout"
             )
-        if not self.shares or any(not 0 < share < 1 for share in self.shares):
-            raise SettingsError(f"shares is {self.shares}; it must name one or more shares between 0 and 1")
+        if len(self.shares) not in (1, 2) or any(not 0 < share < 1 for share in self.shares):
+            raise SettingsError(f"shares is {self.shares}; it must name one or two shares between 0 and 1")
         if len(set(self.shares)) != len(self.shares):
-            raise SettingsError(f"shares is {self.shares}; each must be there once")
+            raise SettingsError(f"shares is {self.shares}; the two must be different")
         if not 0 < self.channel_share < 1:
             raise SettingsError(f"channel_share is {self.channel_share}; it must be between 0 and 1")
         if self.evaluate_every < 1:
