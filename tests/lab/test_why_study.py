@@ -232,7 +232,7 @@ def test_sentences_say_what_the_numbers_say() -> None:
     first, time, noise, along = answer(TINY, summary(SMALLER, LARGER, LARGER, SMALLER))
     assert "In the sigmoid network: yes, 0.50 (0.40 to 0.60) times as much as without normalization. In the" in first
     assert "between 2.6 and 0.5" in first
-    assert time.startswith("Early in training: sigmoid network smaller (0.50 times, 0.40 to 0.60); ReLU network: ")
+    assert time.startswith("Early in training: sigmoid network smaller (0.50 times, 0.40 to 0.60); ReLU network ")
     assert "no normalization: sigmoid network larger (2.0 times, 1.5 to 2.5)" in noise
     assert "sigmoid network, 50 %, after 300 (none), 150 (batch norm), 200 (noisy batch norm)" in noise
     assert "Clearly more shift than without normalization, and yet clearly fewer steps: the sigmoid network" in noise

@@ -125,9 +125,10 @@ def answer(settings: WhySettings, summary: Summary) -> list[str]:
         f"normalization: {_all(summary, 'noisy_batch_norm', 'relative_shift_anew')}. Steps to a test accuracy: "
         f"{'; '.join(_steps(summary, network) for network in NETWORKS)}. {_faster_with_more_shift(summary)}",
         "What a step meets on its way, all arms at one rate, at the same training loss. Largest change of the gradient "
-        f"from a half to four times the gradient step, with batch norm: {_all(summary, 'batch_norm', 'change', 'common')}"
-        f". Effective β-smoothness, with batch norm: {_all(summary, 'batch_norm', 'smoothness', 'common')}; with noisy "
-        f"batch norm: {_all(summary, 'noisy_batch_norm', 'smoothness', 'common')}.",
+        "from a half to four times the gradient step, with batch norm: "
+        f"{_all(summary, 'batch_norm', 'change', 'common')}. Effective β-smoothness, with batch norm: "
+        f"{_all(summary, 'batch_norm', 'smoothness', 'common')}; with noisy batch norm: "
+        f"{_all(summary, 'noisy_batch_norm', 'smoothness', 'common')}.",
     ]
 
 
