@@ -100,7 +100,7 @@ def paired_share(parts: Sequence[float], wholes: Sequence[float]) -> Estimate | 
 
     >>> share = paired_share([1.0, 1.2, 1.1], [2.0, 2.2, 2.4])
     >>> round(share.mean, 3), round(share.low, 3), round(share.high, 3)
-    (0.5, 0.427, 0.57)
+    (0.5, 0.397, 0.63)
     """
     part, whole = estimate(parts), estimate(wholes)
     if part.n != whole.n:
