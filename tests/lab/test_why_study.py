@@ -161,12 +161,15 @@ def finished(scales: dict[str, tuple[float, ...]], diverged: tuple[str, ...] = (
 def test_windows_are_parts_of_training() -> None:
     found = record("x", 0, 1.0)
     steps = {name: [line["step"] for line in window(found, name, (1.5, 0.2))] for name in WINDOWS}
-    assert steps == {"early": [2, 4], "late": [30, 40], "same loss": [4, 16]}
+    assert steps == {"start": [], "early": [2, 4], "late": [30, 40], "same loss": [4, 16]}
+    longer = dataclasses.replace(found, settings=dataclasses.replace(found.settings, steps=400))
+    assert [line["step"] for line in window(longer, "start", (1.5, 0.2))] == [2, 4]
 
 
 def test_ratios_are_paired_by_seed() -> None:
     summary = summarize(finished({"relu-none": (1.0, 2.0), "relu-batch_norm": (0.5, 1.0)}))
-    for name in WINDOWS:
+    assert summary.parts["relu"]["own"]["start"] == {name: {} for name in NORMALIZATIONS}  # nothing measured there
+    for name in WINDOWS[1:]:
         found = summary.parts["relu"]["own"][name]
         assert found["none"]["relative_shift"] == Measured(pytest.approx(math.sqrt(2)), None)
         ratio = found["batch_norm"]["relative_shift"].ratio
@@ -233,14 +236,14 @@ def test_sentences_say_what_the_numbers_say() -> None:
     first, time, noise, along = answer(TINY, summary(SMALLER, LARGER, LARGER, SMALLER))
     assert "In the sigmoid network: yes, 0.50 (0.40 to 0.60) times as much as without normalization. In the" in first
     assert "between 2.6 and 0.5" in first
-    assert time.startswith("Early in training: sigmoid network smaller (0.50 times, 0.40 to 0.60); ReLU network ")
+    assert time.startswith(
+        "In the first hundredth of training: sigmoid network smaller (0.50 times, 0.40 to 0.60); ReLU network "
+    )
+    assert "In the second half: sigmoid network smaller" in time
     assert "no normalization: sigmoid network larger (2.0 times, 1.5 to 2.5)" in noise
     assert "sigmoid network, 50 %, after 300 (none), 150 (batch norm), 200 (noisy batch norm)" in noise
-    assert (
     assert "Clearly more shift than without normalization, and yet clearly fewer steps: sigmoid network, " in noise
     assert "sigmoid network, 2.0 (1.5 to 2.5) times fewer to 50 %; ReLU network, 2.0" in noise
-        in noise
-    )
     assert "with batch norm: sigmoid network smaller (0.50 times, 0.40 to 0.60)" in along
 
     first, _, noise, _ = answer(TINY, summary(LARGER, SMALLER, LARGER))

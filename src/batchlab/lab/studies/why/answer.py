@@ -19,7 +19,7 @@ def number(value: float) -> str:
     >>> number(0.1234), number(1.0), number(123.4), number(0.00001234)
     ('0.12', '1.0', '123', '1.2e-05')
     """
-    if not 1e-3 <= value < math.inf:
+    if not 1e-4 <= value < math.inf:
         return f"{value:.2g}"
     return f"{value:,.{max(0, 1 - math.floor(math.log10(value)))}f}"
 
@@ -124,7 +124,8 @@ def answer(settings: WhySettings, summary: Summary) -> list[str]:
         f"Does batch norm reduce internal covariate shift? {' '.join(verdicts)} Measured is how much the next step of "
         "the layers in front changes a layer's gradient, relative to the gradient, while the training loss is between "
         f"{high:g} and {low:g}, each arm at its own best rate.",
-        f"Early in training: {_all(summary, *shift, window='early')}. Late: {_all(summary, *shift, window='late')}.",
+        f"In the first hundredth of training: {_all(summary, *shift, window='start')}. In the first tenth: "
+        f"{_all(summary, *shift, window='early')}. In the second half: {_all(summary, *shift, window='late')}.",
         "With noise behind batch norm that is drawn anew in each step and counts as shift, compared with no "
         f"normalization: {_all(summary, 'noisy_batch_norm', 'relative_shift_anew')}. Steps to a test accuracy: "
         f"{'; '.join(_steps(summary, network) for network in NETWORKS)}. {_faster_with_more_shift(summary)}",

@@ -41,7 +41,7 @@ def measure_table(summary: Summary, network: str, rates: str, caption: str) -> T
 
 
 def time_table(summary: Summary, network: str, rates: str, caption: str) -> Table:
-    """Ratios to no normalization early and late in training."""
+    """Ratios to no normalization over training."""
     parts = summary.parts[network][rates]
     rows = [
         [
@@ -49,12 +49,15 @@ def time_table(summary: Summary, network: str, rates: str, caption: str) -> Tabl
             *(
                 _ratio(parts[window][name].get(measure))
                 for name in ("batch_norm", "noisy_batch_norm")
-                for window in ("early", "late")
+                for window in ("start", "early", "late")
             ),
         ]
         for measure in OVER_TIME
     ]
-    header = ["measure", "batch norm, early", "batch norm, late", "noisy, early", "noisy, late"]
+    header = [
+        "measure",
+        *(f"{name}, {window}" for name in ("batch norm", "noisy") for window in ("start", "early", "late")),
+    ]
     return Table(header, rows, caption)
 
 
@@ -91,10 +94,10 @@ def _method(settings: WhySettings, data_images: int) -> str:
         "over features, divided by their standard deviation. Along the gradient: at 7 points from a half to four "
         "times rate times gradient, without momentum. Noisy batch norm draws its noise once for both sides of a "
         "comparison, so that the noise does not count as shift or roughness; rows that say so use the noise of the "
-        "next step on the changed side instead, as training meets it. Early: the first tenth of the steps; late: "
-        f"the second half; same loss: where the mean training loss since the last measurement is between {high:g} "
-        f"and {low:g}, so that arms are compared where they have learned as much. Within a run means over "
-        "measurements are geometric; ratios are taken seed by seed."
+        "next step on the changed side instead, as training meets it. Start: the first hundredth of "
+        f"the steps; early: the first tenth; late: the second half; same loss: where the mean training loss since the "
+        f"last measurement is between {high:g} and {low:g}, so that arms are compared where they have "
+        "learned as much. Within a run means over measurements are geometric; ratios are taken seed by seed."
     )
 
 
@@ -125,7 +128,8 @@ def _network_section(network: str, summary: Summary, drawn: Mapping[str, str], s
             summary,
             network,
             "own",
-            "How many times as much as without normalization, in the first tenth and in the second half of training.",
+            "How many times as much as without normalization, in the first hundredth, the first tenth and the second "
+            "half of training.",
         ),
         layer_table(
             summary,
