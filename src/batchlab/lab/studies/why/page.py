@@ -19,6 +19,8 @@ SOURCES = (
     "Santurkar, Tsipras, Ilyas & Madry 2018, How Does Batch Normalization Help Optimization? (arXiv:1805.11604); "
     "Ioffe & Szegedy 2015, Batch Normalization (arXiv:1502.03167)."
 )
+SHIFT = "how far a step of the layers in front changes a layer's gradient, relative to it"
+CHANGE = "how far the gradient changes along itself, bands from a half to four times the gradient step"
 OVER_TIME = ("relative_shift", "shift", "moved", "relative_shift_anew", "change", "relative_change", "smoothness")
 
 
@@ -106,10 +108,8 @@ def _network_section(network: str, summary: Summary, drawn: Mapping[str, str], s
     blocks: list[Block] = []
     if network != next(iter(NETWORKS)):
         blocks += [
-            FigureBlock(drawn[f"shift-own-{network}"], "Shift of the gradients over training, as in the first figure."),
-            FigureBlock(
-                drawn[f"gradients-own-{network}"], "Change of the gradient along itself, as in the first figure."
-            ),
+            FigureBlock(drawn[f"shift-own-{network}"], f"Each arm at its own best rate: {SHIFT}."),
+            FigureBlock(drawn[f"gradients-own-{network}"], f"Each arm at its own best rate: {CHANGE}."),
         ]
     blocks += [
         FigureBlock(
@@ -146,13 +146,13 @@ def _control_section(summary: Summary, drawn: Mapping[str, str]) -> Section:
     for network, name in NETWORKS.items():
         rate = summary.chosen[f"{network}-none"]
         blocks += [
-            FigureBlock(drawn[f"shift-common-{network}"], f"{name}, all at {rate:g}: shift of the gradients."),
-            FigureBlock(drawn[f"gradients-common-{network}"], f"{name}, all at {rate:g}: change of the gradient."),
+            FigureBlock(drawn[f"shift-common-{network}"], f"The {name}, all arms at {rate:g}: {SHIFT}."),
+            FigureBlock(drawn[f"gradients-common-{network}"], f"The {name}, all arms at {rate:g}: {CHANGE}."),
             measure_table(
                 summary,
                 network,
                 "common",
-                f"{name}: all at the rate {rate:g}, the best one without normalization; same training loss.",
+                f"The {name}, all at the rate {rate:g}, the best one without normalization; same training loss.",
             ),
         ]
     return Section("All at one rate", blocks)
@@ -180,10 +180,8 @@ def build_page(finished: Finished, summary: Summary, command: str, drawn: dict[s
         answer=answer(settings, summary),
         hero=FigureBlock(
             drawn[f"shift-own-{first}"] + drawn[f"gradients-own-{first}"],
-            f"The {NETWORKS[first]}, each arm at its own best rate. Above: how far a step of the layers in front "
-            "changes a layer's gradient, relative to it; bands are 95 % intervals. Below: how far the gradient changes "
-            "along itself, bands from a half to four times the gradient step; narrow and low is predictable. "
-            f"{seeds}.",
+            f"The {NETWORKS[first]}, each arm at its own best rate. Above: {SHIFT}; bands are 95 % intervals. Below: "
+            f"{CHANGE}; narrow and low is predictable. {seeds}.",
         ),
         sections=[
             Section(
