@@ -7,7 +7,6 @@ from statistics import fmean
 
 from batchlab.lab.comparison import Estimate
 from batchlab.lab.report import Table
-from batchlab.lab.studies.arm_results import ArmResult
 from batchlab.lab.studies.why.settings import NETWORKS, NORMALIZATIONS, WhySettings, arm_of
 from batchlab.lab.studies.why.summary import Measured, Summary
 
@@ -20,7 +19,7 @@ def number(value: float) -> str:
     >>> number(0.1234), number(1.0), number(123.4), number(0.00001234)
     ('0.12', '1.0', '123', '1.2e-05')
     """
-    if not 1e-3 <= value < math.inf:
+    if not 1e-4 <= value < math.inf:
         return f"{value:.2g}"
     return f"{value:,.{max(0, 1 - math.floor(math.log10(value)))}f}"
 
@@ -78,8 +77,10 @@ def _all(summary: Summary, normalization: str, measure: str, rates: str = "own",
     return "; ".join(texts)
 
 
-def _fewer(result: ArmResult, target: float) -> Estimate | None:
-    return next(row.ratio for row in result.steps if row.target == target)
+def _fewer(summary: Summary, network: str) -> dict[float, Estimate]:
+    """Target -> how many times fewer steps noisy batch norm takes than none, where every run of both got there."""
+    rows = summary.results[network][arm_of(network, "noisy_batch_norm")].steps
+    return {row.target: row.ratio for row in rows if row.target and row.ratio and None not in row.baseline + row.other}
 
 
 def _steps(summary: Summary, network: str) -> str:
@@ -98,16 +99,19 @@ def _faster_with_more_shift(summary: Summary) -> str:
     """Where noisy batch norm has clearly more shift than no normalization, and clearly fewer steps."""
     found = []
     for network, name in NETWORKS.items():
-        target = summary.targets[network]
         shift = ratio_of(summary, network, "noisy_batch_norm", "relative_shift_anew")
-        result = summary.results[network][arm_of(network, "noisy_batch_norm")]
-        fewer = None if target is None else _fewer(result, target)
-        if shift is None or fewer is None or not (_is_clear(shift) and _is_clear(fewer)):
+        if shift is None or not _is_clear(shift) or shift.mean < 1:
             continue
-        if shift.mean > 1 and fewer.mean > 1:
-            found.append(f"the {name} ({ratio_text(fewer)} times fewer)")
+        faster = {target: ratio for target, ratio in _fewer(summary, network).items() if _is_clear(ratio)}
+        texts = [
+            f"{ratio_text(ratio)} times fewer to {100 * target:g} %"
+            for target, ratio in faster.items()
+            if ratio.mean > 1
+        ]
+        if texts:
+            found.append(f"{name}, {', '.join(texts)}")
     if found:
-        return f"Clearly more shift than without normalization, and yet clearly fewer steps: {' and '.join(found)}."
+        return f"Clearly more shift than without normalization, and yet clearly fewer steps: {'; '.join(found)}."
     return "In neither network does noisy batch norm have clearly more shift and clearly fewer steps than none."
 
 
@@ -120,13 +124,15 @@ def answer(settings: WhySettings, summary: Summary) -> list[str]:
         f"Does batch norm reduce internal covariate shift? {' '.join(verdicts)} Measured is how much the next step of "
         "the layers in front changes a layer's gradient, relative to the gradient, while the training loss is between "
         f"{high:g} and {low:g}, each arm at its own best rate.",
-        f"Early in training: {_all(summary, *shift, window='early')}. Late: {_all(summary, *shift, window='late')}.",
+        f"In the first hundredth of training: {_all(summary, *shift, window='start')}. In the first tenth: "
+        f"{_all(summary, *shift, window='early')}. In the second half: {_all(summary, *shift, window='late')}.",
         "With noise behind batch norm that is drawn anew in each step and counts as shift, compared with no "
         f"normalization: {_all(summary, 'noisy_batch_norm', 'relative_shift_anew')}. Steps to a test accuracy: "
         f"{'; '.join(_steps(summary, network) for network in NETWORKS)}. {_faster_with_more_shift(summary)}",
         "What a step meets on its way, all arms at one rate, at the same training loss. Largest change of the gradient "
         "from a half to four times the gradient step, with batch norm: "
-        f"{_all(summary, 'batch_norm', 'change', 'common')}. Effective β-smoothness, with batch norm: "
+        f"{_all(summary, 'batch_norm', 'change', 'common')}. Range of the loss over these steps: "
+        f"{_all(summary, 'batch_norm', 'loss_range', 'common')}. Effective β-smoothness: "
         f"{_all(summary, 'batch_norm', 'smoothness', 'common')}; with noisy batch norm: "
         f"{_all(summary, 'noisy_batch_norm', 'smoothness', 'common')}.",
     ]
@@ -135,18 +141,14 @@ def answer(settings: WhySettings, summary: Summary) -> list[str]:
 def _noisy_steps(summary: Summary) -> str:
     texts = []
     for network, name in NETWORKS.items():
-        target = summary.targets[network]
-        if target is None:
-            texts.append(f"{name}: no target was reached by every run")
-            continue
-        fewer = _fewer(summary.results[network][arm_of(network, "noisy_batch_norm")], target)
-        if fewer is None:
-            sure = "not measured"
-        elif math.isnan(fewer.low):
-            sure = "one seed, so without an interval"
-        else:
-            sure = "not clear" if not _is_clear(fewer) else ("faster" if fewer.mean > 1 else "slower")
-        texts.append(f"{name}: {ratio_text(fewer)} times fewer steps to {100 * target:g} % ({sure})")
+        words = []
+        for target, fewer in _fewer(summary, network).items():
+            if math.isnan(fewer.low):
+                sure = "one seed, so without an interval"
+            else:
+                sure = "not clear" if not _is_clear(fewer) else ("faster" if fewer.mean > 1 else "slower")
+            words.append(f"{ratio_text(fewer)} times fewer steps to {100 * target:g} % ({sure})")
+        texts.append(f"{name} {', '.join(words) or 'has no target that every run reached'}")
     return "; ".join(texts)
 
 

@@ -25,7 +25,7 @@ MEASURES: Final[dict[str, str]] = {
 }
 """Name -> what tables call it."""
 
-WINDOWS: Final = ("early", "late", "same loss")
+WINDOWS: Final = ("start", "early", "late", "same loss")
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -103,14 +103,15 @@ def layer_shifts(line: Mapping[str, Any]) -> list[float]:
 def window(record: RunRecord, name: str, losses: tuple[float, float]) -> list[dict[str, Any]]:
     """The evaluations of a run that belong to a part of its training.
 
-    "early": the first tenth of the steps; "late": the second half; "same loss": where the training loss, the mean
-    since the last evaluation, is between the two `losses`. The untrained network belongs to none.
+    "start": the first hundredth of the steps; "early": the first tenth; "late": the second half; "same loss": where
+    the training loss, the mean since the last evaluation, is between the two `losses`. The untrained network belongs
+    to none.
     """
     high, low = losses
     steps = record.settings.steps
     lines = [line for line in record.metrics if line["step"]]
-    if name == "early":
-        return [line for line in lines if line["step"] <= steps / 10]
+    if name in ("start", "early"):
+        return [line for line in lines if line["step"] <= steps / (100 if name == "start" else 10)]
     if name == "late":
         return [line for line in lines if line["step"] > steps / 2]
     return [line for line in lines if low <= line["train_loss"] <= high]

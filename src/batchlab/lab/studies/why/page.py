@@ -19,6 +19,8 @@ SOURCES = (
     "Santurkar, Tsipras, Ilyas & Madry 2018, How Does Batch Normalization Help Optimization? (arXiv:1805.11604); "
     "Ioffe & Szegedy 2015, Batch Normalization (arXiv:1502.03167)."
 )
+SHIFT = "how far a step of the layers in front changes a layer's gradient, relative to it"
+CHANGE = "how far the gradient changes along itself, bands from a half to four times the gradient step"
 OVER_TIME = ("relative_shift", "shift", "moved", "relative_shift_anew", "change", "relative_change", "smoothness")
 
 
@@ -41,7 +43,7 @@ def measure_table(summary: Summary, network: str, rates: str, caption: str) -> T
 
 
 def time_table(summary: Summary, network: str, rates: str, caption: str) -> Table:
-    """Ratios to no normalization early and late in training."""
+    """Ratios to no normalization over training."""
     parts = summary.parts[network][rates]
     rows = [
         [
@@ -49,12 +51,15 @@ def time_table(summary: Summary, network: str, rates: str, caption: str) -> Tabl
             *(
                 _ratio(parts[window][name].get(measure))
                 for name in ("batch_norm", "noisy_batch_norm")
-                for window in ("early", "late")
+                for window in ("start", "early", "late")
             ),
         ]
         for measure in OVER_TIME
     ]
-    header = ["measure", "batch norm, early", "batch norm, late", "noisy, early", "noisy, late"]
+    header = [
+        "measure",
+        *(f"{name}, {window}" for name in ("batch norm", "noisy") for window in ("start", "early", "late")),
+    ]
     return Table(header, rows, caption)
 
 
@@ -91,10 +96,10 @@ def _method(settings: WhySettings, data_images: int) -> str:
         "over features, divided by their standard deviation. Along the gradient: at 7 points from a half to four "
         "times rate times gradient, without momentum. Noisy batch norm draws its noise once for both sides of a "
         "comparison, so that the noise does not count as shift or roughness; rows that say so use the noise of the "
-        "next step on the changed side instead, as training meets it. Early: the first tenth of the steps; late: "
-        f"the second half; same loss: where the mean training loss since the last measurement is between {high:g} "
-        f"and {low:g}, so that arms are compared where they have learned as much. Within a run means over "
-        "measurements are geometric; ratios are taken seed by seed."
+        "next step on the changed side instead, as training meets it. Start: the first hundredth of "
+        f"the steps; early: the first tenth; late: the second half; same loss: where the mean training loss since the "
+        f"last measurement is between {high:g} and {low:g}, so that arms are compared where they have "
+        "learned as much. Within a run means over measurements are geometric; ratios are taken seed by seed."
     )
 
 
@@ -103,10 +108,8 @@ def _network_section(network: str, summary: Summary, drawn: Mapping[str, str], s
     blocks: list[Block] = []
     if network != next(iter(NETWORKS)):
         blocks += [
-            FigureBlock(drawn[f"shift-own-{network}"], "Shift of the gradients over training, as in the first figure."),
-            FigureBlock(
-                drawn[f"gradients-own-{network}"], "Change of the gradient along itself, as in the first figure."
-            ),
+            FigureBlock(drawn[f"shift-own-{network}"], f"Each arm at its own best rate: {SHIFT}."),
+            FigureBlock(drawn[f"gradients-own-{network}"], f"Each arm at its own best rate: {CHANGE}."),
         ]
     blocks += [
         FigureBlock(
@@ -125,7 +128,8 @@ def _network_section(network: str, summary: Summary, drawn: Mapping[str, str], s
             summary,
             network,
             "own",
-            "How many times as much as without normalization, in the first tenth and in the second half of training.",
+            "How many times as much as without normalization, in the first hundredth, the first tenth and the second "
+            "half of training.",
         ),
         layer_table(
             summary,
@@ -142,13 +146,13 @@ def _control_section(summary: Summary, drawn: Mapping[str, str]) -> Section:
     for network, name in NETWORKS.items():
         rate = summary.chosen[f"{network}-none"]
         blocks += [
-            FigureBlock(drawn[f"shift-common-{network}"], f"{name}, all at {rate:g}: shift of the gradients."),
-            FigureBlock(drawn[f"gradients-common-{network}"], f"{name}, all at {rate:g}: change of the gradient."),
+            FigureBlock(drawn[f"shift-common-{network}"], f"The {name}, all arms at {rate:g}: {SHIFT}."),
+            FigureBlock(drawn[f"gradients-common-{network}"], f"The {name}, all arms at {rate:g}: {CHANGE}."),
             measure_table(
                 summary,
                 network,
                 "common",
-                f"{name}: all at the rate {rate:g}, the best one without normalization; same training loss.",
+                f"The {name}, all at the rate {rate:g}, the best one without normalization; same training loss.",
             ),
         ]
     return Section("All at one rate", blocks)
@@ -176,10 +180,8 @@ def build_page(finished: Finished, summary: Summary, command: str, drawn: dict[s
         answer=answer(settings, summary),
         hero=FigureBlock(
             drawn[f"shift-own-{first}"] + drawn[f"gradients-own-{first}"],
-            f"The {NETWORKS[first]}, each arm at its own best rate. Above: how far a step of the layers in front "
-            "changes a layer's gradient, relative to it; bands are 95 % intervals. Below: how far the gradient changes "
-            "along itself, bands from a half to four times the gradient step; narrow and low is predictable. "
-            f"{seeds}.",
+            f"The {NETWORKS[first]}, each arm at its own best rate. Above: {SHIFT}; bands are 95 % intervals. Below: "
+            f"{CHANGE}; narrow and low is predictable. {seeds}.",
         ),
         sections=[
             Section(
