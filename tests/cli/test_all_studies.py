@@ -32,6 +32,9 @@ TINY: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def two_studies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.chdir(tmp_path)
+    # Workers outlive a test: those of all tests find the embedded digits and no other data.
+    monkeypatch.setenv("BATCHLAB_DATA", "")
+    monkeypatch.setenv("BATCHLAB_OFFLINE", "1")
     studies = {}
     for name, values in TINY.items():
         study = STUDIES[name]
