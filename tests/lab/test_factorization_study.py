@@ -194,13 +194,13 @@ def test_the_answer_on_a_clear_gain() -> None:
     )
     assert said == (
         "From He's start the plain network needs 427 steps to recognize 90 % of the test images and batch norm 107: "
-        "4.0 times (4.0 to 4.0) fewer. The most of this gain keep, with statistics of earlier batches natural (PRONG) "
-        "0 % (0 to 0); of the others with each batch's weight norm + mean-only BN 150 % (150 to 150). Clearly fewer "
+        "4.0 times (4.0 to 4.0) fewer. Other arms keep at best, with statistics of earlier batches natural (PRONG) 0 % "
+        "(0 to 0); with those of each batch weight norm + mean-only BN 150 % (150 to 150). Clearly fewer "
         "steps than batch norm: weight norm + mean-only BN; did not get there in every run: population BN (held)."
     )
     assert seconds("he", found.starts["he"]) == (
-        "From He's start weight norm + mean-only BN is first at 90 % by the clock, after 0.11 seconds of one core; the "
-        "plain network needs 0.85, batch norm 0.21."
+        "From He's start weight norm + mean-only BN is first at 90 % by the clock, after 0.11 seconds of one core, "
+        "against the plain network 0.85 and batch norm 0.21."
     )
     assert ends(ONE, "he", found.starts["he"]).startswith(
         "After 1,000 steps from He's start the plain network recognizes 95.00 % (94.00 to 96.00) of the test images"
@@ -230,7 +230,7 @@ def test_one_seed_has_no_interval_and_no_verdict() -> None:
     found = Summary({}, {}, {"he": compare(results)})
     weights, said = answer(ONE, found)
     assert weights.endswith("from He's start 50 %, weight norm (one seed, so without an interval).")
-    assert "4.0 times fewer. The most of this gain keep, with" in said
+    assert "4.0 times fewer. Other arms keep at best, with" in said
     assert "One seed cannot say which arm needs clearly fewer steps than batch norm" in said
     assert shares(found)["ghost"] == "50 %"
     assert verdicts(found)["ghost"] == "one seed, so without an interval"

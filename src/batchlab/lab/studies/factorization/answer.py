@@ -96,10 +96,10 @@ def _gain(start: str, found: StartSummary) -> str:
         return f"{said}batch norm has no clear gain ({times(gain)} fewer), so that no arm has a share of it."
     if gain.mean <= 1:
         return f"{said}batch norm has no gain ({times(gain)} fewer), so that no arm has a share of it."
-    kinds = {"earlier batches": "with statistics of earlier batches", "each batch": "of the others with each batch's"}
+    kinds = {"earlier batches": "with statistics of earlier batches", "each batch": "with those of each batch"}
     best = {words: name for kind, words in kinds.items() if (name := _best(found, kind)) is not None}
     most = "; ".join(f"{words} {LABELS[name]} {kept(found.shares[name])}" for words, name in best.items())
-    return f"{said}{times(gain)} fewer." + (f" The most of this gain keep, {most}." if most else "")
+    return f"{said}{times(gain)} fewer." + (f" Other arms keep at best, {most}." if most else "")
 
 
 def _faster(found: StartSummary) -> str:
@@ -124,10 +124,11 @@ def seconds(start: str, found: StartSummary) -> str:
     if BASELINE not in needed or REFERENCE not in needed:
         return "Seconds were not recorded."
     first = min(needed, key=lambda name: needed[name])
+    others = {BASELINE: "the plain network", REFERENCE: "batch norm"}
+    rest = " and ".join(f"{words} {needed[name]:.2g}" for name, words in others.items() if name != first)
     return (
         f"From {STARTS[start]} {LABELS[first]} is first at {100 * target:g} % by the clock, after "
-        f"{needed[first]:.2g} seconds of one core; the plain network needs {needed[BASELINE]:.2g}, batch norm "
-        f"{needed[REFERENCE]:.2g}."
+        f"{needed[first]:.2g} seconds of one core, against {rest}."
     )
 
 
