@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 
 help:
 	@echo "make demo    train the paper's MNIST network with and without batch normalization, write a report (about 5 minutes)"
-	@echo "make test    run the tests (about 5 minutes)"
+	@echo "make test    run the tests (about 6 minutes on two cores)"
 	@echo "make check   lint, types, import contracts"
 	@echo "make bench   measure on this machine; results are appended to benchmarks/results/"
 	@echo "make clean   remove caches and build products (runs/ and .venv/ stay)"
