@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from matplotlib.ticker import FuncFormatter
 
 from batchlab.lab.comparison import Estimate, mean_curve
-from batchlab.lab.figures import _INK, COLORS, Line, _figure, _to_svg, line_figure, rate_search
+from batchlab.lab.figures import COLORS, Line, line_figure, rate_search
+from batchlab.lab.figures.style import INK, drawing, to_svg
 from batchlab.lab.studies.comparison_study import Finished
 from batchlab.lab.studies.dropout_or_bn.arms import Arm, named_arms
 from batchlab.lab.studies.dropout_or_bn.settings import DropoutOrBnSettings
@@ -38,7 +39,7 @@ def interval_figure(
     """
     filled = [group for group in groups if group]
     count = sum(map(len, filled)) + 0.6 * (len(filled) - 1)
-    with _figure(name, height=0.21 * count + 0.7) as (figure, (axes,)):
+    with drawing(name, height=0.21 * count + 0.7) as (figure, (axes,)):
         place, places, labels = 0.0, [], []
         for group, color in zip(filled, COLORS, strict=False):
             for label, value in group.items():
@@ -49,7 +50,7 @@ def interval_figure(
                 labels.append(label)
                 place += 1
             place += 0.6
-        axes.axvline(level, color=_INK, linewidth=0.7, linestyle=":")
+        axes.axvline(level, color=INK, linewidth=0.7, linestyle=":")
         # One wide interval must not squeeze all others: what leaves the frame is cut off.
         means = [level, *(value.mean for group in filled for value in group.values())]
         ends = [end for group in filled for value in group.values() for end in (value.low, value.high) if end == end]
@@ -62,7 +63,7 @@ def interval_figure(
         axes.grid(visible=False, axis="y")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}{unit}"))
         axes.set_xlabel(x_label)
-        return _to_svg(figure, description)
+        return to_svg(figure, description)
 
 
 def _grouped(settings: DropoutOrBnSettings, values: Mapping[str, Estimate]) -> list[dict[str, Estimate]]:
