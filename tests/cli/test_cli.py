@@ -28,6 +28,8 @@ MISTAKES = [
     (["study", "all", "--settings", "some.toml"], "--settings is for one study"),
     (["study", "all", "--quick", "--size", "demo"], "--quick and --size demo"),
     (["study", "dropout-speed", "--quick", "--seeds", "3"], "leave out --seeds"),
+    (["study", "bn-mnist", "--first-seed", "-1"], "'-1' is not a whole number, 0 or above"),
+    (["study", "dropout-speed", "--quick", "--first-seed", "3"], "leave out --first-seed"),
     (["bench"], "Missing from batchlab bench: NAME"),
     (["bench", "batch-norm"], "there is no benchmark 'batch-norm'; there is: dropout"),
     (["bench", "dropout", "--widths", "wide"], "--widths"),

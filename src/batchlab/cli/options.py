@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-__all__ = ["Count", "File", "Folder", "unhinted"]
+__all__ = ["Count", "File", "Folder", "Seed", "unhinted"]
 
 
 def _word(metavar: str, read: Callable[[str], Any]) -> Any:
@@ -29,8 +29,15 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"{text!r} is not a whole number, 0 or above")
+    return int(text)
+
+
 # The texts say what an option left out means; "(default: None)" would say less.
 unhinted = tyro.conf.arg(help_behavior_hint="")
 Count = Annotated[int | None, _word("N", _count), unhinted]
+Seed = Annotated[int | None, _word("N", _seed), unhinted]
 Folder = Annotated[Path | None, _word("DIR", Path), unhinted]
 File = Annotated[Path | None, _word("FILE", Path), unhinted]

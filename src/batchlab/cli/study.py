@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 import tyro
 from rich.console import Console
 
-from batchlab.cli.options import Count, File, Folder, unhinted
+from batchlab.cli.options import Count, File, Folder, Seed, unhinted
 from batchlab.lab.data import Dataset, load_dataset
 from batchlab.lab.settings import SettingsError, read_settings
 from batchlab.lab.studies import STUDIES
@@ -33,6 +33,8 @@ class StudyCommand:
     """full: as published; demo: about five minutes; quick: within one. Without it: full."""
     seeds: Count = None
     """Runs of each arm, with different random starts."""
+    first_seed: Seed = None
+    """The first of these starts, a whole number; without it 0. Another one repeats the study with other randomness."""
     dataset: Annotated[Literal["mnist", "fashion"] | None, unhinted] = None
     """mnist: handwritten digits (the default); fashion: Fashion-MNIST, pieces of clothing."""
     data: Folder = None
@@ -56,16 +58,17 @@ the 5,000 digits that come with batchlab."""
                 raise SettingsError(f"--quick and --size {self.size} contradict each other: pass one of them")
             settings = study.sizes["quick" if self.quick else self.size or "full"]
         known = {field.name for field in fields(study.settings)}
-        changes: dict[str, Any] = {} if self.seeds is None else {"seeds": self.seeds}
+        asked = {"seeds": self.seeds, "first_seed": self.first_seed}
+        changes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
         if self.dataset is not None and self.dataset != settings.dataset:
             changes["dataset"] = self.dataset
             if "targets" in known:
                 changes["targets"] = ()  # they are the data set's
-        if "seeds" in changes and "seeds" not in known:
-            if self.name == ALL:
-                return replace(settings, **{key: value for key, value in changes.items() if key != "seeds"})
-            raise SettingsError(f"the study {study.name} has no random starts to repeat: leave out --seeds")
-        return replace(settings, **changes)
+        foreign = [key for key in asked if key in changes and key not in known]
+        if foreign and self.name != ALL:
+            options = " and ".join(f"--{key.replace('_', '-')}" for key in foreign)
+            raise SettingsError(f"the study {study.name} has no random starts to repeat: leave out {options}")
+        return replace(settings, **{key: value for key, value in changes.items() if key not in foreign})
 
     def _folder(self) -> Path:
         size = "quick" if self.quick else self.size
@@ -73,6 +76,7 @@ the 5,000 digits that come with batchlab."""
             self.name,
             size if size != "full" else None,
             None if self.dataset in (None, "mnist") else self.dataset,
+            None if not self.first_seed else f"from-seed-{self.first_seed}",
         ]
         return self.out or Path("runs") / "-".join(part for part in parts if part)
 

@@ -106,17 +106,20 @@ def open_folder(folder: Path, study: Study, settings: Any, dataset: Dataset) -> 
     with locked(folder, "study"):
         path = folder / STUDY_FILE
         if path.is_file():
-            _refuse_mixture(folder, read_json(path), content)
+            _refuse_mixture(folder, read_json(path), content, study)
         else:
             write_json(path, content)
         yield
 
 
-def _refuse_mixture(folder: Path, earlier: Any, now: dict[str, Any]) -> None:
+def _refuse_mixture(folder: Path, earlier: Any, now: dict[str, Any], study: Study) -> None:
     differences = []
+    old, new = earlier.get("settings", {}), now["settings"]
     if earlier.get("study") != now["study"]:
         differences.append(f"study: {earlier.get('study')!r}, not {now['study']!r}")
-    old, new = earlier.get("settings", {}), now["settings"]
+    else:
+        # A folder from before a setting existed was made with what is now its default.
+        old = to_dict(from_dict(old, study.settings))
     differences += [f"settings.{k}: {old.get(k)!r}, not {v!r}" for k, v in new.items() if old.get(k) != v]
     # Where the data was found may change from one day to the next; what it is may not.
     if earlier.get("data", {}).get("checksum") != now["data"]["checksum"]:

@@ -18,15 +18,16 @@ __all__ = ["command_for", "print_ending"]
 def command_for(name: str, settings: Any, sizes: Mapping[str, Any]) -> str:
     """The words that start a study again; `sizes` are its named settings.
 
-    Data set and number of seeds are options of the command. Targets follow from the data set.
+    Data set, number of seeds and the first of them are options of the command. Targets follow from the data set.
     """
     own = {field.name for field in fields(settings)}
-    asked = {option: getattr(settings, option) for option in ("seeds", "dataset") if option in own}
+    asked = {option: getattr(settings, option) for option in ("seeds", "first_seed", "dataset") if option in own}
     targets = {"targets": ()} if "targets" in own else {}
     for size, named in sizes.items():
         if replace(named, **asked, **targets) == settings:
             words = [f"batchlab study {name}", *([f"--size {size}"] if size != "full" else [])]
-            words += [f"--{option} {value}" for option, value in asked.items() if value != getattr(named, option)]
+            changed = {option: value for option, value in asked.items() if value != getattr(named, option)}
+            words += [f"--{option.replace('_', '-')} {value}" for option, value in changed.items()]
             return " ".join(words)
     return f"batchlab study {name} --settings SETTINGS.toml   # the settings are in study.json"
 

@@ -10,9 +10,7 @@ from batchlab.lab.records import RunRecord
 from batchlab.lab.settings import RunSettings
 from batchlab.lab.studies.settings import ComparisonSettings
 
-__all__ = ["SEARCH_SEED", "Arms", "Scores", "arm_records", "choose_rates", "final_plan", "run_name", "search_plan"]
-
-SEARCH_SEED = 1000  # the search's seeds start here, so that no final run was chosen by its own luck
+__all__ = ["Arms", "Scores", "arm_records", "choose_rates", "final_plan", "run_name", "search_plan"]
 
 Arms = Mapping[str, RunSettings]
 """Arm -> its run on test images; rate, seed and steps are filled in by the plans."""
@@ -42,7 +40,7 @@ def search_plan(settings: ComparisonSettings, arms: Arms, training_images: int) 
             landscape=False,
         )
         for rate in tried
-        for seed in range(SEARCH_SEED, SEARCH_SEED + settings.search_seeds)
+        for seed in settings.seeds_of_search
         for name, arm in arms.items()
         if rate in settings.rates_of(name)
     }
@@ -59,7 +57,7 @@ def choose_rates(
         name: {
             rate: [
                 final_score(records[run_name("search", name, rate, seed)])
-                for seed in range(SEARCH_SEED, SEARCH_SEED + settings.search_seeds)
+                for seed in settings.seeds_of_search
             ]
             for rate in sorted(settings.rates_of(name))
         }
@@ -77,7 +75,7 @@ def final_plan(settings: ComparisonSettings, arms: Arms, chosen: Iterable[tuple[
     pairs = list(chosen)
     return {
         run_name("final", name, rate, seed): _at(arms[name], rate, seed, settings.steps)
-        for seed in range(settings.seeds)
+        for seed in settings.final_seeds
         for name, rate in pairs
     }
 
@@ -86,4 +84,4 @@ def arm_records(
     settings: ComparisonSettings, records: Mapping[str, RunRecord], arm: str, rate: float
 ) -> list[RunRecord]:
     """The final runs of an arm at a rate, by seed."""
-    return [records[run_name("final", arm, rate, seed)] for seed in range(settings.seeds)]
+    return [records[run_name("final", arm, rate, seed)] for seed in settings.final_seeds]

@@ -12,7 +12,7 @@ from batchlab.lab.comparison import Estimate, paired_difference
 from batchlab.lab.studies.arm_results import CHANCE, ArmResult, arm_results
 from batchlab.lab.studies.comparison_study import Finished
 from batchlab.lab.studies.learning_rates.settings import BASELINE, LearningRatesSettings, arm
-from batchlab.lab.studies.search import SEARCH_SEED, Scores, run_name
+from batchlab.lab.studies.search import Scores, run_name
 
 __all__ = ["GOALS", "Condition", "Limits", "Summary", "Times", "compare_limits", "limits", "summarize"]
 
@@ -167,7 +167,7 @@ def compare_limits(
 def _growth(finished: Finished, name: str, rate: float) -> float | None:
     settings: LearningRatesSettings = finished.settings
     logs: list[float] = []
-    for seed in range(SEARCH_SEED, SEARCH_SEED + settings.search_seeds):
+    for seed in settings.seeds_of_search:
         record = finished.records[run_name("search", name, rate, seed)]
         hidden = [value for layer, value in record.result.get("weight_growth", {}).items() if layer != "output"]
         if not record.diverged and hidden:
