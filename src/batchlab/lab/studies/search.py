@@ -55,10 +55,7 @@ def choose_rates(
     """
     scores = {
         name: {
-            rate: [
-                final_score(records[run_name("search", name, rate, seed)])
-                for seed in settings.seeds_of_search
-            ]
+            rate: [final_score(records[run_name("search", name, rate, seed)]) for seed in settings.seeds_of_search]
             for rate in sorted(settings.rates_of(name))
         }
         for name in arms
