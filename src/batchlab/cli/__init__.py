@@ -1,4 +1,4 @@
-"""The command line: `batchlab studies`, `study NAME`, `report DIR`, `bench NAME`; one thin module per command."""
+"""The command line: `studies`, `study NAME`, `report DIR`, `compare DIR AGAIN`, `bench NAME`; a thin module each."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final
 import tyro
 
 from batchlab.cli.bench import Bench
+from batchlab.cli.compare import Compare
 from batchlab.cli.report import Report
 from batchlab.cli.studies import Studies
 from batchlab.cli.study import StudyCommand
@@ -21,6 +22,7 @@ Command = (
     Annotated[Studies, tyro.conf.subcommand("studies")]
     | Annotated[StudyCommand, tyro.conf.subcommand("study")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 
@@ -59,7 +61,7 @@ def parse(words: Sequence[str]) -> Any:
             )
     except SystemExit as end:
         if end.code:
-            known = next((word for word in words if word in ("studies", "study", "report", "bench")), "")
+            known = next((word for word in words if word in ("studies", "study", "report", "compare", "bench")), "")
             help_command = " ".join(["batchlab", known, "--help"]).replace("  ", " ")
             print(f"batchlab: {_one_line(complaint.getvalue())} (see {help_command})", file=sys.stderr)
         raise

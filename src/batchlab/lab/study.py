@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from batchlab.lab.claims import Told
 from batchlab.lab.data import Dataset
 from batchlab.lab.files import locked, read_json, write_json
 from batchlab.lab.records import describe_data
@@ -51,6 +52,7 @@ class Outcome:
         title: of the console's table.
         table: for the console.
         answer: sentences for the console.
+        told: the answer as numbers, to compare with the same study done again; None: nothing is random in it.
     """
 
     summary: Any
@@ -59,6 +61,7 @@ class Outcome:
     title: str
     table: Table
     answer: Sequence[str]
+    told: Told | None = None
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from typing import Any
 
 from rich.console import Console
 
+from batchlab.lab.claims import Claim, Told
 from batchlab.lab.records import RunRecord, read_record
 from batchlab.lab.report import Page, Table
 from batchlab.lab.settings import RunSettings
 from batchlab.lab.studies.ending import command_for
 from batchlab.lab.studies.search import Arms, Scores, arm_records, choose_rates, final_plan, search_plan
 from batchlab.lab.studies.settings import ComparisonSettings
-from batchlab.lab.studies.stages import complete, to_json, write_report
+from batchlab.lab.studies.stages import complete, to_json, told_title, write_report
 from batchlab.lab.study import Outcome, Study, Workplace, open_folder, read_study
 
 __all__ = ["Comparison", "Finished", "comparison_study", "read_finished"]
@@ -67,6 +68,7 @@ class Comparison:
         figures: name -> SVG.
         build_page: the report, from the summary, the command that repeats the study, and the figures.
         ending: title, table and sentences for the console.
+        claims: the numbers of the answer, to compare with the same study done again.
         also: chosen rates -> further pairs of an arm and a rate that it is trained at.
     """
 
@@ -79,6 +81,7 @@ class Comparison:
     figures: Callable[[Finished, Any], dict[str, str]]
     build_page: Callable[[Finished, Any, str, dict[str, str]], Page]
     ending: Callable[[Finished, Any], tuple[str, Table, Sequence[str]]]
+    claims: Callable[[Finished, Any], Sequence[Claim]]
     also: Callable[[Mapping[str, float]], Sequence[tuple[str, float]]] = _no_more
 
     def final_plan(self, settings: Any, chosen: Mapping[str, float]) -> dict[str, RunSettings]:
@@ -121,7 +124,9 @@ def comparison_study(comparison: Comparison) -> Study:
         drawn = comparison.figures(finished, summary)
         command = command_for(comparison.name, finished.settings, comparison.sizes)
         page = comparison.build_page(finished, summary, command, drawn)
-        return Outcome(to_json(summary), drawn, page, *comparison.ending(finished, summary))
+        title = told_title(finished.settings, finished.data)
+        told = Told(comparison.name, title, command, comparison.claims(finished, summary))
+        return Outcome(to_json(summary), drawn, page, *comparison.ending(finished, summary), told)
 
     def report(folder: Path, console: Console) -> Path:
         return write_report(read, folder, console)

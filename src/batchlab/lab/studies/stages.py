@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from batchlab.lab.claims import CLAIMS_FILE, write_claims
 from batchlab.lab.execution import run_all
 from batchlab.lab.figures import standalone
 from batchlab.lab.files import write_json, write_text
@@ -16,9 +17,10 @@ from batchlab.lab.records import RunRecord, read_record
 from batchlab.lab.report import write_page
 from batchlab.lab.settings import RunSettings
 from batchlab.lab.studies.ending import print_ending
+from batchlab.lab.studies.settings import ComparisonSettings
 from batchlab.lab.study import Outcome, Workplace
 
-__all__ = ["complete", "to_json", "write_report"]
+__all__ = ["complete", "to_json", "told_title", "write_report"]
 
 
 def complete(workplace: Workplace, plan: Mapping[str, RunSettings], title: str) -> dict[str, RunRecord]:
@@ -48,8 +50,15 @@ def to_json(summary: Any) -> dict[str, Any]:
     return found
 
 
+def told_title(settings: ComparisonSettings, data: Mapping[str, Any]) -> str:
+    """Data and seeds in a few words: full MNIST, seeds 0 to 4."""
+    first, last = settings.final_seeds[0], settings.final_seeds[-1]
+    seeds = f"seed {first}" if first == last else f"seeds {first} to {last}"
+    return f"{str(data['description']).split(', ')[0]}, {seeds}"
+
+
 def write_report(read: Callable[[Path], Outcome], folder: Path, console: Console) -> Path:
-    """Write summary.json, the figures and report.html into a study's folder, and print how it ends; the report's path.
+    """Write report, figures and numbers into a study's folder, print how it ends, and return the report's path.
 
     Args:
         read: the study's own.
@@ -62,6 +71,8 @@ def write_report(read: Callable[[Path], Outcome], folder: Path, console: Console
         (folder / "figures").mkdir(exist_ok=True)
         for name, svg in outcome.figures.items():
             write_text(folder / "figures" / f"{name}.svg", standalone(svg))
+        if outcome.told is not None:
+            write_claims(outcome.told, folder / CLAIMS_FILE)
         write_page(outcome.page, folder / "report.html")
     print_ending(console, outcome.title, outcome.table, outcome.answer, folder)
     return folder / "report.html"

@@ -7,9 +7,11 @@ from typing import Any, Final
 
 from rich.console import Console
 
+from batchlab.lab.claims import Told
 from batchlab.lab.files import read_json
 from batchlab.lab.records import RunRecord, read_record
 from batchlab.lab.studies.bn_mnist.answer import answer
+from batchlab.lab.studies.bn_mnist.claims import claims
 from batchlab.lab.studies.bn_mnist.mistakes import MISTAKES_FILE, save_mistakes
 from batchlab.lab.studies.bn_mnist.page import build_page, figures, steps_table
 from batchlab.lab.studies.bn_mnist.plan import arms, final_pairs
@@ -17,7 +19,7 @@ from batchlab.lab.studies.bn_mnist.settings import SIZES, BnMnistSettings
 from batchlab.lab.studies.bn_mnist.summary import summarize
 from batchlab.lab.studies.ending import command_for
 from batchlab.lab.studies.search import choose_rates, final_plan, search_plan
-from batchlab.lab.studies.stages import complete, to_json, write_report
+from batchlab.lab.studies.stages import complete, to_json, told_title, write_report
 from batchlab.lab.study import Outcome, Study, Workplace, open_folder, read_study
 
 __all__ = ["STUDY", "read_finished"]
@@ -65,10 +67,12 @@ def read(folder: Path) -> Outcome:
         raise ValueError(f"{folder / MISTAKES_FILE} is missing: run the study again to finish it")
     mistakes = read_json(folder / MISTAKES_FILE)
     drawn = figures(settings, records, summary)
-    page = build_page(settings, data, records, summary, mistakes, command_for(NAME, settings, SIZES), drawn)
+    command = command_for(NAME, settings, SIZES)
+    page = build_page(settings, data, records, summary, mistakes, command, drawn)
     title = "Steps to a test accuracy, each arm at its own best rate"
     table = steps_table(summary.comparisons["own"], "")
-    return Outcome(to_json(summary), drawn, page, title, table, answer(settings, summary.comparisons))
+    told = Told(NAME, told_title(settings, data), command, claims(summary))
+    return Outcome(to_json(summary), drawn, page, title, table, answer(settings, summary.comparisons), told)
 
 
 def report(folder: Path, console: Console) -> Path:

@@ -8,6 +8,7 @@ from typing import Final
 from batchlab.lab.report import Table
 from batchlab.lab.studies.comparison_study import Comparison, Finished, comparison_study
 from batchlab.lab.studies.dropout_mnist.answer import answer
+from batchlab.lab.studies.dropout_mnist.claims import claims
 from batchlab.lab.studies.dropout_mnist.page import build_page, error_table, figures
 from batchlab.lab.studies.dropout_mnist.plan import arms
 from batchlab.lab.studies.dropout_mnist.settings import SIZES, DropoutMnistSettings
@@ -31,6 +32,7 @@ COMPARISON: Final = Comparison(
     figures=figures,
     build_page=build_page,
     ending=_ending,
+    claims=claims,
 )
 
 STUDY: Final = comparison_study(COMPARISON)

@@ -9,6 +9,7 @@ from batchlab.lab.report import Table
 from batchlab.lab.studies.comparison_study import Comparison, Finished, comparison_study
 from batchlab.lab.studies.dropout_or_bn.answer import answer
 from batchlab.lab.studies.dropout_or_bn.arms import arms
+from batchlab.lab.studies.dropout_or_bn.claims import claims
 from batchlab.lab.studies.dropout_or_bn.figures import figures
 from batchlab.lab.studies.dropout_or_bn.page import build_page, error_table
 from batchlab.lab.studies.dropout_or_bn.settings import SIZES, DropoutOrBnSettings
@@ -35,6 +36,7 @@ COMPARISON: Final = Comparison(
     figures=figures,
     build_page=build_page,
     ending=_ending,
+    claims=claims,
 )
 
 STUDY: Final = comparison_study(COMPARISON)

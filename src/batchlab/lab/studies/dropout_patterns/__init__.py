@@ -7,6 +7,7 @@ from typing import Final
 
 from batchlab.lab.report import Table
 from batchlab.lab.studies.comparison_study import Comparison, Finished, comparison_study
+from batchlab.lab.studies.dropout_patterns.claims import claims
 from batchlab.lab.studies.dropout_patterns.page import answer, build_page, error_table, figures
 from batchlab.lab.studies.dropout_patterns.plan import arms
 from batchlab.lab.studies.dropout_patterns.settings import SIZES, DropoutPatternsSettings
@@ -30,6 +31,7 @@ COMPARISON: Final = Comparison(
     figures=figures,
     build_page=build_page,
     ending=_ending,
+    claims=claims,
 )
 
 STUDY: Final = comparison_study(COMPARISON)

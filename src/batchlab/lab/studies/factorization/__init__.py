@@ -9,6 +9,7 @@ from batchlab.lab.report import Table
 from batchlab.lab.settings import DataSettings, NetworkSettings, OptimizerSettings, RunSettings
 from batchlab.lab.studies.comparison_study import Comparison, Finished, comparison_study
 from batchlab.lab.studies.factorization.answer import answer
+from batchlab.lab.studies.factorization.claims import claims
 from batchlab.lab.studies.factorization.figures import figures
 from batchlab.lab.studies.factorization.page import build_page, share_table
 from batchlab.lab.studies.factorization.settings import ARMS, SIZES, FactorizationSettings, full_name
@@ -61,6 +62,7 @@ COMPARISON: Final = Comparison(
     figures=figures,
     build_page=build_page,
     ending=_ending,
+    claims=claims,
 )
 
 STUDY: Final = comparison_study(COMPARISON)

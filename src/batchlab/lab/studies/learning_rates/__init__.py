@@ -9,6 +9,7 @@ from batchlab.lab.report import Table
 from batchlab.lab.settings import DataSettings, NetworkSettings, OptimizerSettings, RunSettings
 from batchlab.lab.studies.comparison_study import Comparison, Finished, comparison_study
 from batchlab.lab.studies.learning_rates.answer import answer
+from batchlab.lab.studies.learning_rates.claims import claims
 from batchlab.lab.studies.learning_rates.figures import figures
 from batchlab.lab.studies.learning_rates.page import build_page, range_table
 from batchlab.lab.studies.learning_rates.settings import (
@@ -65,6 +66,7 @@ COMPARISON: Final = Comparison(
     figures=figures,
     build_page=build_page,
     ending=_ending,
+    claims=claims,
 )
 
 STUDY: Final = comparison_study(COMPARISON)

@@ -9,6 +9,7 @@ from batchlab.lab.report import Table
 from batchlab.lab.settings import DataSettings, NetworkSettings, OptimizerSettings, RunSettings
 from batchlab.lab.studies.comparison_study import Comparison, Finished, comparison_study
 from batchlab.lab.studies.rectifiers.answer import answer
+from batchlab.lab.studies.rectifiers.claims import claims
 from batchlab.lab.studies.rectifiers.figures import figures
 from batchlab.lab.studies.rectifiers.page import accuracy_table, build_page
 from batchlab.lab.studies.rectifiers.settings import NORMALIZATIONS, SIZES, STARTS, RectifiersSettings, cell
@@ -52,6 +53,7 @@ COMPARISON: Final = Comparison(
     figures=figures,
     build_page=build_page,
     ending=_ending,
+    claims=claims,
 )
 
 STUDY: Final = comparison_study(COMPARISON)

@@ -9,6 +9,7 @@ from batchlab.lab.report import Table
 from batchlab.lab.settings import DataSettings, NetworkSettings, OptimizerSettings, RunSettings
 from batchlab.lab.studies.arm_results import arm_figures, steps_table
 from batchlab.lab.studies.comparison_study import Comparison, Finished, comparison_study
+from batchlab.lab.studies.whitening.claims import claims
 from batchlab.lab.studies.whitening.page import build_page
 from batchlab.lab.studies.whitening.settings import ARMS, SIZES, WhiteningSettings
 from batchlab.lab.studies.whitening.summary import Summary, answer, summarize
@@ -50,6 +51,7 @@ COMPARISON: Final = Comparison(
     figures=_figures,
     build_page=build_page,
     ending=_ending,
+    claims=claims,
 )
 
 STUDY: Final = comparison_study(COMPARISON)

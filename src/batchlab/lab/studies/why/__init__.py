@@ -9,6 +9,7 @@ from batchlab.lab.report import Table
 from batchlab.lab.settings import DataSettings, NetworkSettings, OptimizerSettings, RunSettings
 from batchlab.lab.studies.comparison_study import Comparison, Finished, comparison_study
 from batchlab.lab.studies.why.answer import answer, verdict_table
+from batchlab.lab.studies.why.claims import claims
 from batchlab.lab.studies.why.figures import figures
 from batchlab.lab.studies.why.page import build_page
 from batchlab.lab.studies.why.settings import NETWORKS, NORMALIZATIONS, SIZES, WhySettings, arm_of
@@ -54,6 +55,7 @@ COMPARISON: Final = Comparison(
     figures=figures,
     build_page=build_page,
     ending=_ending,
+    claims=claims,
     also=further_pairs,
 )
 
