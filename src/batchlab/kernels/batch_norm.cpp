@@ -26,7 +26,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kNumbersPerThread = 32768;
-constexpr int64_t kFewestColumns = 128;  // of a row at a time: shorter pieces of memory are slow to come by
+constexpr int64_t kFewestColumns = 1024;  // of a row at a time: of rows 2^n apart, few fit into a cache's sets
 constexpr int kMostLooks = 3;            // a pivot that is bad after two corrections is as good as the numbers allow
 
 // ---- Shapes -------------------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ void sum_section(const Layout& layout, const Section& section, Totals& totals, A
       double* one = sums + 2 * r.columns * chunk;
       sum_rows<A>(
           Block{r.rows * chunk / chunks, r.rows * (chunk + 1) / chunks, 0, r.columns}, one, one + r.columns, scratch + 0,
-          [&](Sums<A>& s, int64_t row, int64_t last, int64_t q) { add(s, section, row, last, q); },
+          [&](Sums<A>* s, int64_t row, int64_t last, int64_t q, auto vectors) { add(s, section, row, last, q, vectors); },
           [&](Sums<A>& s, int64_t row, int64_t last, int64_t q, int64_t count) {
             add_some(s, section, row, last, q, count);
           });
@@ -259,7 +259,7 @@ void each_in_block(const Section& section, const Block& block, const T* output, 
                     whole(section.origin);
   with_past(past, [&](auto far) {
     each_row<A>(
-        block, [&](int64_t row, int64_t last, int64_t q) { each(section, row, last, q, far); },
+        block, [&](int64_t row, int64_t last, int64_t q, auto vectors) { each(section, row, last, q, vectors, far); },
         [&](int64_t row, int64_t last, int64_t q, int64_t count) { some(section, row, last, q, count); });
     if (far.value) fence();
   });
@@ -297,7 +297,7 @@ void in_rows(const Layout& layout, int64_t bytes, Add&& add, AddSome&& add_some,
         for (int look = 1;; ++look) {
           sum_rows<A>(
               block, totals.one + 0, totals.two + 0, scratch + 0,
-              [&](Sums<A>& s, int64_t row, int64_t last, int64_t q) { add(s, section, row, last, q); },
+              [&](Sums<A>* s, int64_t row, int64_t last, int64_t q, auto vectors) { add(s, section, row, last, q, vectors); },
               [&](Sums<A>& s, int64_t row, int64_t last, int64_t q, int64_t count) {
                 add_some(s, section, row, last, q, count);
               });
@@ -423,12 +423,15 @@ struct Moments {
     });
   }
 
-  // Of a vector of columns in the rows of a section; `columns` are the pivots.
-  void add(Sums<A>& s, const A* columns, const Section& section, int64_t row, int64_t last, int64_t q) const {
-    const Lanes<A> k = Memory<A>::load(columns + q);
+  // Of some vectors of columns in the rows of a section; `columns` are the pivots.
+  template <int vectors>
+  void add(Sums<A>* s, const A* columns, const Section& section, int64_t row, int64_t last, int64_t q) const {
+    Lanes<A> k[vectors];
+    for (int v = 0; v < vectors; ++v) k[v] = Memory<A>::load(columns + q + v * kWidth<A>);
     const int64_t width = section.rows.columns;
-    const T* from = x + section.origin + q;
-    for (; row < last; ++row) s.powers(Memory<T>::load(from + row * width) - k);
+    const T* from = x + section.origin + q + row * width;
+    for (; row < last; ++row, from += width)
+      for (int v = 0; v < vectors; ++v) s[v].powers(Memory<T>::load(from + v * kWidth<A>) - k[v]);
   }
   void add_some(Sums<A>& s, const A* columns, const Section& section, int64_t row, int64_t last, int64_t q,
                 int64_t count) const {
@@ -516,9 +519,11 @@ struct Apply {
     };
     each_in_block<A>(
         section, of, y, beyond_cache<T>(layout, has_residual ? 3 : 2),
-        [&](const Section& s, int64_t row, int64_t last, int64_t q, auto past) {
-          const Affine<A> a = affine(q);
-          for (; row < last; ++row) vector<past.value>(a, s.origin + row * width + q);
+        [&](const Section& s, int64_t row, int64_t last, int64_t q, auto vectors, auto past) {
+          Affine<A> a[vectors.value];
+          for (int v = 0; v < vectors.value; ++v) a[v] = affine(q + v * kWidth<A>);
+          for (int64_t at = s.origin + row * width + q; row < last; ++row, at += width)
+            for (int v = 0; v < vectors.value; ++v) vector<past.value>(a[v], at + v * kWidth<A>);
         },
         [&](const Section& s, int64_t row, int64_t last, int64_t q, int64_t count) {
           const Affine<A> a = affine(q);
@@ -619,8 +624,8 @@ void normalize(const Tensor& x, const T* residual, const Tensor& y, const Parame
     with_apply([&](const auto& apply) {
       in_rows<A>(
           layout, sizeof(T),
-          [&](Sums<A>& s, const Section& section, int64_t row, int64_t last, int64_t q) {
-            moments.add(s, columns + 0, section, row, last, q);
+          [&](Sums<A>* s, const Section& section, int64_t row, int64_t last, int64_t q, auto vectors) {
+            moments.template add<vectors.value>(s, columns + 0, section, row, last, q);
           },
           [&](Sums<A>& s, const Section& section, int64_t row, int64_t last, int64_t q, int64_t count) {
             moments.add_some(s, columns + 0, section, row, last, q, count);
@@ -775,13 +780,16 @@ struct Backward {
   };
   static constexpr int kColumnNumbers = 7;
 
-  void add(Sums<A>& s, const Columns& columns, const Section& section, int64_t row, int64_t last, int64_t q) const {
-    const Affine<A> a = columns.affine(q);
-    for (int64_t at = section.origin + row * section.rows.columns + q; row < last; ++row, at += section.rows.columns) {
-      const auto load = [&](const T* of) { return Memory<T>::load(of + at); };
-      const Lanes<A> value = load(before.x);
-      s.products(before(load, a, value), value - a.mean);
-    }
+  template <int vectors>
+  void add(Sums<A>* s, const Columns& columns, const Section& section, int64_t row, int64_t last, int64_t q) const {
+    Affine<A> a[vectors];
+    for (int v = 0; v < vectors; ++v) a[v] = columns.affine(q + v * kWidth<A>);
+    for (int64_t at = section.origin + row * section.rows.columns + q; row < last; ++row, at += section.rows.columns)
+      for (int v = 0; v < vectors; ++v) {
+        const auto load = [&](const T* of) { return Memory<T>::load(of + at + v * kWidth<A>); };
+        const Lanes<A> value = load(before.x);
+        s[v].products(before(load, a[v], value), value - a[v].mean);
+      }
   }
 
   void add_some(Sums<A>& s, const Columns& columns, const Section& section, int64_t row, int64_t last, int64_t q,
@@ -800,10 +808,15 @@ struct Backward {
     const int64_t width = section.rows.columns;
     each_in_block<A>(
         section, of, input_gradient, far(layout),
-        [&](const Section& s, int64_t row, int64_t last, int64_t q, auto past) {
-          const Affine<A> a = columns.affine(q);
-          const InputGradient<A> f = columns.change(q);
-          for (; row < last; ++row) vector<past.value>(a, f, s.origin + row * width + q);
+        [&](const Section& s, int64_t row, int64_t last, int64_t q, auto vectors, auto past) {
+          Affine<A> a[vectors.value];
+          InputGradient<A> f[vectors.value];
+          for (int v = 0; v < vectors.value; ++v) {
+            a[v] = columns.affine(q + v * kWidth<A>);
+            f[v] = columns.change(q + v * kWidth<A>);
+          }
+          for (int64_t at = s.origin + row * width + q; row < last; ++row, at += width)
+            for (int v = 0; v < vectors.value; ++v) vector<past.value>(a[v], f[v], at + v * kWidth<A>);
         },
         [&](const Section& s, int64_t row, int64_t last, int64_t q, int64_t count) {
           const Affine<A> a = columns.affine(q);
@@ -868,8 +881,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor gradient, Tensor x, std::opti
           spread(layout, problem.saved[which], data + padded * i++, 0, channels);
         in_rows<A>(
             layout, 2 * sizeof(T),
-            [&](Sums<A>& s, const Section& section, int64_t row, int64_t last, int64_t q) {
-              problem.add(s, columns, section, row, last, q);
+            [&](Sums<A>* s, const Section& section, int64_t row, int64_t last, int64_t q, auto vectors) {
+              problem.template add<vectors.value>(s, columns, section, row, last, q);
             },
             [&](Sums<A>& s, const Section& section, int64_t row, int64_t last, int64_t q, int64_t count) {
               problem.add_some(s, columns, section, row, last, q, count);

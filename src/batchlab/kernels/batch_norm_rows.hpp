@@ -4,6 +4,7 @@
 // has several columns. The same for planes too small for a vector: N rows of C · size columns.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "batch_norm_math.hpp"
 
@@ -11,6 +12,8 @@ namespace batchlab {
 
 constexpr int64_t kRowsOfFloats = 128;   // that are summed in float before they go into a double
 constexpr int64_t kGroupNumbers = 4096;  // of rows that are walked together, to load a column's parameters once for all
+
+constexpr int kTogether = 4;             // neighbouring vectors of a row: memory likes to be read in order
 
 struct Rows {
   int64_t rows, columns;
@@ -23,8 +26,8 @@ struct Block {
   int64_t group() const { return std::clamp<int64_t>(kGroupNumbers / (to - from), 8, kRowsOfFloats); }
 };
 
-// Sums over a block, column by column: `add(sums, first row, last row, column)` for a vector of columns, `add_some`
-// with their number for the rest. `one` and `two` have an entry for each column; `scratch` is twice the block's columns,
+// Sums over a block, column by column: `add(sums, first row, last row, column, vectors)` for some vectors of columns,
+// `add_some` with the number of columns for the rest. `one` and `two` have an entry for each column; `scratch` is twice the block's columns,
 // rounded up to whole vectors.
 template <class A, class Add, class AddSome>
 inline void sum_rows(const Block& block, double* one, double* two, A* scratch, Add&& add, AddSome&& add_some) {
@@ -44,14 +47,24 @@ inline void sum_rows(const Block& block, double* one, double* two, A* scratch, A
   };
   for (int64_t row = block.first; row < block.last;) {
     const int64_t end = std::min(block.last, row + std::min(group, kRowsOfFloats - summed));
-    const auto take = [&](int64_t q, auto&& f) {
-      Sums<A> s{Memory<A>::load(s1 + q), Memory<A>::load(s2 + q)};
-      f(s);
-      Memory<A>::store(s1 + q, s.first);
-      Memory<A>::store(s2 + q, s.second);
+    const auto take = [&](int64_t q, auto vectors, auto&& f) {
+      Sums<A> s[vectors.value];
+      for (int v = 0; v < vectors.value; ++v)
+        s[v] = {Memory<A>::load(s1 + q + v * width), Memory<A>::load(s2 + q + v * width)};
+      f(s, vectors);
+      for (int v = 0; v < vectors.value; ++v) {
+        Memory<A>::store(s1 + q + v * width, s[v].first);
+        Memory<A>::store(s2 + q + v * width, s[v].second);
+      }
     };
-    for (int64_t q = from; q < whole; q += width) take(q, [&](Sums<A>& s) { add(s, row, end, q); });
-    if (whole < to) take(whole, [&](Sums<A>& s) { add_some(s, row, end, whole, to - whole); });
+    const auto full = [&](int64_t q) { return [&, q](Sums<A>* s, auto vectors) { add(s, row, end, q, vectors); }; };
+    int64_t q = from;
+    for (; q + kTogether * width <= whole; q += kTogether * width)
+      take(q, std::integral_constant<int, kTogether>(), full(q));
+    for (; q < whole; q += width) take(q, std::integral_constant<int, 1>(), full(q));
+    if (whole < to)
+      take(whole, std::integral_constant<int, 1>(),
+           [&](Sums<A>* s, auto) { add_some(*s, row, end, whole, to - whole); });
     summed += end - row;
     row = end;
     if (summed == kRowsOfFloats) flush();
@@ -59,14 +72,16 @@ inline void sum_rows(const Block& block, double* one, double* two, A* scratch, A
   if (summed) flush();
 }
 
-// each(first row, row after the last, column) for every vector of a block; some(..., count) for the rest; backwards.
+// each(first row, row after the last, column, vectors) for every vector of a block; some(..., count) for the rest; backwards.
 template <class A, class Each, class Some>
 inline void each_row(const Block& block, Each&& each, Some&& some) {
   constexpr int width = kWidth<A>;
   const int64_t whole = block.whole(width), group = block.group();
   for (int64_t end = block.last; end > block.first;) {
     const int64_t row = std::max(block.first, end - group);
-    for (int64_t q = block.from; q < whole; q += width) each(row, end, q);
+    int64_t q = block.from;
+    for (; q + kTogether * width <= whole; q += kTogether * width) each(row, end, q, std::integral_constant<int, kTogether>());
+    for (; q < whole; q += width) each(row, end, q, std::integral_constant<int, 1>());
     if (whole < block.to) some(row, end, whole, block.to - whole);
     end = row;
   }
