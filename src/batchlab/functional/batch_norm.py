@@ -15,9 +15,11 @@ from batchlab.functional.batch_norm_checks import (
     check_running,
     check_sample_count,
 )
+from batchlab.functional.batch_norm_fused import evaluate_fused, normalize_fused, serves
 from batchlab.functional.batch_norm_training import (
     BACKENDS,
     batch_statistics,
+    choose_backend,
     finish,
     normalize_batch,
     normalize_running,
@@ -25,7 +27,7 @@ from batchlab.functional.batch_norm_training import (
 )
 from batchlab.functional.gather import check_process_group
 from batchlab.functional.running_statistics import check_momentum, check_nonfinite, update_in_place
-from batchlab.reference.batch_norm import unbiased_variance
+from batchlab.reference.batch_norm import statistics_dtype, unbiased_variance
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -84,8 +86,8 @@ def batch_norm(
         process_group: compute the statistics over all its ranks, weighted by their counts; ranks may be uneven or
             empty. Differentiable, on any backend with all_reduce. Every rank must take part in every forward and
             backward. None: this process alone.
-        backend: "reference" (plain operations), "aten" (torch's own operation, with its rounding), or "auto": the
-            fastest that is exact.
+        backend: "reference" (plain operations), "aten" (torch's own operation, with its rounding), "fused" (one
+            kernel for all of it, on the CPU), or "auto": the fastest that is exact and takes this call.
         nonfinite: what an inf or NaN in the batch statistics does to the running ones: "propagate" into them, "skip"
             the affected channels, or "raise" ValueError before anything changes (reads the values on the host).
         num_batches_tracked: integer scalar tensor, incremented in place by each batch that counts.
@@ -120,12 +122,33 @@ def batch_norm(
             raise ValueError("training=False normalizes with running statistics: give running_mean and running_var")
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}; allowed are {', '.join(map(repr, BACKENDS))}")
+        if backend in ("auto", "fused") and valid is None:
+            needed = torch.is_grad_enabled() and any(
+                value is not None and value.requires_grad
+                for value in (x, weight, bias, residual, running_mean, running_var)
+            )
+            if not needed and running_mean.dtype == statistics_dtype(x.dtype) and serves(x, residual):
+                return evaluate_fused(x, running_mean, running_var, weight, bias, eps, activation, residual)
         y = normalize_running(x, running_mean, running_var, weight, bias, eps, backend)
         return finish(y, x.dtype, residual, activation, valid)
 
     if process_group is not None:
         check_process_group(process_group)
     check_sample_count(x, valid, process_group)
+    if choose_backend(backend, x, valid, process_group, residual) == "fused":
+        return _fused(
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            momentum,
+            eps,
+            activation,
+            residual,
+            nonfinite,
+            num_batches_tracked,
+        )
     y, mean, var, count = normalize_batch(
         x,
         weight,
@@ -140,6 +163,36 @@ def batch_norm(
     if running_mean is not None and running_var is not None:
         update_in_place(running_mean, running_var, mean, var, count, momentum, num_batches_tracked, nonfinite)
     return y
+
+
+def _fused(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+    nonfinite: str,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    """Training in one kernel, which moves the running statistics too where that is all there is to do."""
+    if running_mean is None or running_var is None:
+        return normalize_fused(x, weight, bias, eps, activation, residual)[0]
+    if momentum is not None and nonfinite == "propagate" and _movable(running_mean) and _movable(running_var):
+        running = running_mean, running_var, num_batches_tracked, momentum
+        return normalize_fused(x, weight, bias, eps, activation, residual, running)[0]
+    y, numbers = normalize_fused(x, weight, bias, eps, activation, residual)
+    count = samples_per_channel(x)
+    mean, var = numbers[0] + numbers[1], numbers[5] * (count / (count - 1))
+    update_in_place(running_mean, running_var, mean, var, count, momentum, num_batches_tracked, nonfinite)
+    return y
+
+
+def _movable(running: Tensor) -> bool:
+    return running.is_cpu and running.dtype in (torch.float32, torch.float64) and running.is_contiguous()
 
 
 @torch.no_grad()

@@ -103,7 +103,7 @@ def batch_renorm(
     scale = ratio if weight is None else ratio * weight.to(ratio.dtype)
     shift = shift if weight is None else shift * weight.to(shift.dtype)
     shift = shift if bias is None else shift + bias.to(shift.dtype)
-    backend = "aten" if choose_backend("auto", x, None, None) == "shifted_aten" else "reference"
+    backend = "reference" if choose_backend("auto", x, None, None) == "reference" else "aten"
     y, mean, unbiased_var, count = normalize_batch(
         shifted, scale, shift, eps, activation=None, residual=None, mask=None, process_group=None, backend=backend
     )

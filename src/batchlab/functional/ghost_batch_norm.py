@@ -50,7 +50,7 @@ def _normalize(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | Non
         weight, bias = (None if values is None else values.repeat(groups) for values in (weight, bias))
     # Shifted here and not by the backend: offset and remainder of the mean apart keep the digits of their differences.
     shifted, offset = center(folded)
-    backend = "aten" if choose_backend("auto", x, None, None) == "shifted_aten" else "reference"
+    backend = "reference" if choose_backend("auto", x, None, None) == "reference" else "aten"
     y, mean, var, _ = normalize_batch(
         shifted, weight, bias, eps, activation=None, residual=None, mask=None, process_group=None, backend=backend
     )

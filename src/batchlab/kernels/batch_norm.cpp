@@ -137,6 +137,28 @@ const A* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const A*>(tensor->const_data_ptr()) : nullptr;
 }
 
+// What a caller has to see to before; a mistake must not read foreign memory.
+void check_same(const Tensor& x, const std::optional<Tensor>& other, const char* name) {
+  if (!other) return;
+  bool same = other->dim() == x.dim() && other->scalar_type() == x.scalar_type();
+  for (int64_t d = 0; same && d < x.dim(); ++d)
+    same = other->size(d) == x.size(d) && (other->stride(d) == x.stride(d) || x.size(d) == 1);
+  STD_TORCH_CHECK(same, "batch_norm: ", name, " must have the input's shape, dtype and strides");
+}
+
+void check_channels(const Tensor& x, const std::optional<Tensor>& values, const char* name, bool wide) {
+  if (!values) return;
+  const ScalarType type = wide ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(values->dim() == 1 && values->size(0) == x.size(1) && values->scalar_type() == type &&
+                      (values->size(0) < 2 || values->stride(0) == 1),
+                  "batch_norm: ", name, " must be a contiguous vector of ", x.size(1), " channels in ",
+                  wide ? "float64" : "float32");
+}
+
+void check_input(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() >= 2, "batch_norm: the input must have channels in dimension 1");
+}
+
 // ---- Dispatch -----------------------------------------------------------------------------------------------------
 
 template <class F>
@@ -676,8 +698,16 @@ std::tuple<Tensor, Tensor> forward(Tensor x, std::optional<Tensor> weight, std::
                                    std::optional<Tensor> residual, std::optional<Tensor> running_mean,
                                    std::optional<Tensor> running_var, std::optional<Tensor> batches, double momentum,
                                    double eps, int64_t activation) {
-  Tensor y = empty_as(x);
   const bool wide = x.scalar_type() == ScalarType::Double;
+  check_input(x);
+  check_same(x, residual, "residual");
+  check_channels(x, weight, "weight", wide);
+  check_channels(x, bias, "bias", wide);
+  for (const auto* running : {&running_mean, &running_var})
+    check_channels(x, *running, "a running statistic", *running && (*running)->scalar_type() == ScalarType::Double);
+  STD_TORCH_CHECK(!batches || (batches->numel() == 1 && batches->scalar_type() == ScalarType::Long),
+                  "batch_norm: num_batches_tracked must be one int64 number");
+  Tensor y = empty_as(x);
   const int64_t channels = x.size(1), count = channels == 0 ? 0 : x.numel() / channels;
   Tensor saved = vectors(kSaved, channels, wide);
   with_type(x, [&](auto type) {
@@ -696,6 +726,65 @@ std::tuple<Tensor, Tensor> forward(Tensor x, std::optional<Tensor> weight, std::
   });
   if (batches && count >= 2) ++*static_cast<int64_t*>(batches->mutable_data_ptr());
   return {y, saved};
+}
+
+// Evaluation: with given statistics, in one pass.
+Tensor evaluate(Tensor x, Tensor mean, Tensor variance, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                std::optional<Tensor> residual, double eps, int64_t activation) {
+  const bool wide = x.scalar_type() == ScalarType::Double;
+  check_input(x);
+  check_same(x, residual, "residual");
+  const std::tuple<const char*, std::optional<Tensor>> vectors_of_channels[] = {
+      {"mean", mean}, {"variance", variance}, {"weight", weight}, {"bias", bias}};
+  for (const auto& [name, values] : vectors_of_channels) check_channels(x, values, name, wide);
+  Tensor y = empty_as(x);
+  with_type(x, [&](auto type) {
+    using T = decltype(type);
+    using A = typename Computed<T>::type;
+    const Layout layout = layout_of<A>(x);
+    if (layout.numbers() == 0) return;
+    Scratch<A> data(kSaved * layout.channels);
+    const ChannelNumbers<A> numbers{data + 0, layout.channels};
+    const Parameters<A> parameters{data_or_null<A>(weight), data_or_null<A>(bias), eps};
+    const A* m = static_cast<const A*>(mean.const_data_ptr());
+    const A* v = static_cast<const A*>(variance.const_data_ptr());
+    for (int64_t c = 0; c < layout.channels; ++c) parameters.prepare(numbers, c, m[c], 0, v[c]);
+    const T* from = static_cast<const T*>(x.const_data_ptr());
+    const T* of_residual = data_or_null<T>(residual);
+    T* to = static_cast<T*>(y.mutable_data_ptr());
+    const auto run = [&](const auto& apply) {
+      if (!layout.rows) {
+        const Cut cut(layout, sizeof(T));
+        const int64_t pieces = layout.samples * cut.tiles;
+        torch::stable::parallel_for(0, pieces, grain(layout, pieces), [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            const int64_t n = i / cut.tiles, a = i % cut.tiles * cut.tile;
+            apply.tile(layout, numbers, a, std::min(layout.channels, a + cut.tile), n, n + 1);
+          }
+        });
+        return;
+      }
+      const int64_t padded = padded_columns<A>(layout);
+      Scratch<A> columns(3 * padded);
+      for (int i = 0; const int which : {kMean, kScale, kShift})
+        spread(layout, numbers[which], columns + padded * i++, 0, layout.channels);
+      for (const Section& section : {main_rows(layout), other_rows(layout)}) {
+        if (section.rows.rows == 0) continue;
+        torch::stable::parallel_for(0, section.rows.rows, grain(layout, layout.main.rows + layout.rest.rows),
+                                    [&](int64_t begin, int64_t end) {
+                                      apply.block(layout, columns + 0, padded, section,
+                                                  Block{begin, end, 0, section.rows.columns});
+                                    });
+      }
+    };
+    with_activation(activation, [&](auto kind) {
+      if (of_residual)
+        run(Apply<T, decltype(kind)::value, true>{from, of_residual, to});
+      else
+        run(Apply<T, decltype(kind)::value, false>{from, nullptr, to});
+    });
+  });
+  return y;
 }
 
 // ---- Backward -----------------------------------------------------------------------------------------------------
@@ -846,8 +935,16 @@ struct Backward {
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor gradient, Tensor x, std::optional<Tensor> output,
                                             std::optional<Tensor> residual, Tensor saved, int64_t activation,
                                             bool residual_needed) {
-  Tensor input_gradient = empty_as(x);
   const bool wide = x.scalar_type() == ScalarType::Double;
+  check_input(x);
+  check_same(x, gradient, "gradient");
+  check_same(x, output, "output");
+  check_same(x, residual, "residual");
+  STD_TORCH_CHECK(saved.dim() == 2 && saved.size(0) == kSaved && saved.size(1) == x.size(1) && saved.stride(1) == 1 &&
+                      saved.stride(0) == x.size(1) &&
+                      saved.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+                  "batch_norm: saved must be what forward returned");
+  Tensor input_gradient = empty_as(x);
   const int64_t channels = x.size(1);
   Tensor parameters = vectors(2, channels, wide);
   const bool own = residual_needed && activation != 0;
@@ -926,6 +1023,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor gradient, Tensor x, std::opti
   return {input_gradient, residual_gradient, parameters};
 }
 
+int64_t release_memory() { return WaitingMemory::instance().release(); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(batchlab_batch_norm, m) {
@@ -934,11 +1033,20 @@ STABLE_TORCH_LIBRARY(batchlab_batch_norm, m) {
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float momentum, float eps, int activation) -> "
       "(Tensor, Tensor)");
   m.def(
+      "evaluate(Tensor x, Tensor mean, Tensor variance, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
+      "int activation) -> Tensor");
+  m.def("release_memory() -> int");
+  m.def(
       "backward(Tensor gradient, Tensor x, Tensor? output, Tensor? residual, Tensor saved, int activation, "
       "bool residual_needed) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(batchlab_batch_norm, CPU, m) {
   m.impl("forward_", TORCH_BOX(&forward));
+  m.impl("evaluate", TORCH_BOX(&evaluate));
   m.impl("backward", TORCH_BOX(&backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(batchlab_batch_norm, CompositeExplicitAutograd, m) {
+  m.impl("release_memory", TORCH_BOX(&release_memory));
 }
