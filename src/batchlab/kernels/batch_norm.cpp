@@ -161,16 +161,16 @@ void check_input(const Tensor& x) {
 
 // ---- Dispatch -----------------------------------------------------------------------------------------------------
 
-template <class F>
+template <class T, class F>
 void with_activation(int64_t kind, F&& f) {
-  switch (static_cast<Activation>(kind)) {
-    case Activation::none: return f(std::integral_constant<Activation, Activation::none>{});
-    case Activation::relu: return f(std::integral_constant<Activation, Activation::relu>{});
-    case Activation::leaky_relu: return f(std::integral_constant<Activation, Activation::leaky_relu>{});
-    case Activation::silu: return f(std::integral_constant<Activation, Activation::silu>{});
-    case Activation::sigmoid: return f(std::integral_constant<Activation, Activation::sigmoid>{});
+  STD_TORCH_CHECK(kind >= 0 && kind <= static_cast<int64_t>(Activation::sigmoid), "batch_norm: there is no activation ",
+                  kind);
+  const Activation activation = static_cast<Activation>(kind);
+  if constexpr (std::is_same_v<T, float>) {
+    if (activation == Activation::none) return f(Nothing());
+    if (activation == Activation::relu) return f(Relu());
   }
-  STD_TORCH_CHECK(false, "batch_norm: there is no activation number ", kind);
+  f(Chosen{activation});
 }
 
 template <class F>
@@ -212,6 +212,34 @@ void with_past(bool past, F&& f) {
     f(std::false_type());
 }
 
+// A function by reference: what drives the loops is compiled once, and not for each of them.
+template <class F>
+class Call;
+template <class... Arguments>
+class Call<void(Arguments...)> {
+ public:
+  template <class F>
+  Call(const F& f)
+      : object_(&f), call_([](const void* object, Arguments... a) { (*static_cast<const F*>(object))(a...); }) {}
+  void operator()(Arguments... a) const { call_(object_, a...); }
+
+ private:
+  const void* object_;
+  void (*call_)(const void*, Arguments...);
+};
+template <class... Arguments>
+class Call<bool(Arguments...)> {
+ public:
+  template <class F>
+  Call(const F& f)
+      : object_(&f), call_([](const void* object, Arguments... a) { return (*static_cast<const F*>(object))(a...); }) {}
+  bool operator()(Arguments... a) const { return call_(object_, a...); }
+
+ private:
+  const void* object_;
+  bool (*call_)(const void*, Arguments...);
+};
+
 // ---- Sums over the batch ------------------------------------------------------------------------------------------
 
 // Two sums a channel, in double; a problem says what is added.
@@ -233,9 +261,13 @@ inline Section main_rows(const Layout& layout) { return {layout.main, 0}; }
 inline Section other_rows(const Layout& layout) { return {layout.rest, layout.main.rows * layout.main.columns}; }
 
 // Sums of blocks of one section into `totals`: each chunk of rows on its own, in an order that does not depend on the
-// number of threads. `add(sums, section, first row, last row, column)`; `add_some` likewise with a count.
-template <class A, class Add, class AddSome>
-void sum_section(const Layout& layout, const Section& section, Totals& totals, Add&& add, AddSome&& add_some) {
+// number of threads.
+using SumBlock = Call<void(const Section& section, const Block& block, double* one, double* two, void* scratch)>;
+using SettleChannels = Call<bool(int64_t from, int64_t to, const Totals& totals)>;
+using FinishBlock = Call<void(const Section& section, const Block& block)>;
+
+template <class A>
+void sum_section(const Layout& layout, const Section& section, Totals& totals, SumBlock sum_block) {
   const Rows& r = section.rows;
   if (r.rows == 0) return;
   const int64_t padded = (r.columns + kWidth<A> - 1) / kWidth<A> * kWidth<A>;
@@ -248,12 +280,8 @@ void sum_section(const Layout& layout, const Section& section, Totals& totals, A
     Scratch<A> scratch(2 * padded);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       double* one = sums + 2 * r.columns * chunk;
-      sum_rows<A>(
-          Block{r.rows * chunk / chunks, r.rows * (chunk + 1) / chunks, 0, r.columns}, one, one + r.columns, scratch + 0,
-          [&](Sums<A>* s, int64_t row, int64_t last, int64_t q, auto vectors) { add(s, section, row, last, q, vectors); },
-          [&](Sums<A>& s, int64_t row, int64_t last, int64_t q, int64_t count) {
-            add_some(s, section, row, last, q, count);
-          });
+      const Block block{r.rows * chunk / chunks, r.rows * (chunk + 1) / chunks, 0, r.columns};
+      sum_block(section, block, one, one + r.columns, scratch + 0);
     }
   });
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -299,10 +327,10 @@ inline int64_t columns_together(const Layout& layout, int64_t bytes) {
   return together < kFewestColumns ? columns : std::min(together, columns);
 }
 
-// Rows: sum, settle each channel, finish. `problem.sum(totals or block)`, `problem.finish(section, block)`;
-// settle(first channel, last channel, totals) is false if those are to be summed again.
-template <class A, class Add, class AddSome, class Settle, class Finish>
-void in_rows(const Layout& layout, int64_t bytes, Add&& add, AddSome&& add_some, Settle&& settle, Finish&& finish) {
+// Rows: sum, settle each channel, finish. settle(first channel, last channel, totals) is false if those are to be summed
+// again.
+template <class A>
+void in_rows(const Layout& layout, int64_t bytes, SumBlock sum_block, SettleChannels settle, FinishBlock finish) {
   const int64_t columns = layout.main.columns, together = columns_together(layout, bytes);
   Totals totals(layout.channels);
   const auto clear = [&](int64_t from, int64_t to) {
@@ -317,12 +345,7 @@ void in_rows(const Layout& layout, int64_t bytes, Add&& add, AddSome&& add_some,
       for (int64_t tile = begin; tile < end; ++tile) {
         const Block block{0, section.rows.rows, tile * together, std::min(columns, (tile + 1) * together)};
         for (int look = 1;; ++look) {
-          sum_rows<A>(
-              block, totals.one + 0, totals.two + 0, scratch + 0,
-              [&](Sums<A>* s, int64_t row, int64_t last, int64_t q, auto vectors) { add(s, section, row, last, q, vectors); },
-              [&](Sums<A>& s, int64_t row, int64_t last, int64_t q, int64_t count) {
-                add_some(s, section, row, last, q, count);
-              });
+          sum_block(section, block, totals.one + 0, totals.two + 0, scratch + 0);
           if (settle(block.from, block.to, totals) || look == kMostLooks) break;
           clear(block.from, block.to);
         }
@@ -333,7 +356,7 @@ void in_rows(const Layout& layout, int64_t bytes, Add&& add, AddSome&& add_some,
   }
   const Section sections[] = {main_rows(layout), other_rows(layout)};
   for (int look = 1;; ++look) {
-    for (const Section& section : sections) sum_section<A>(layout, section, totals, add, add_some);
+    for (const Section& section : sections) sum_section<A>(layout, section, totals, sum_block);
     if (settle(0, layout.channels, totals) || look == kMostLooks) break;
     clear(0, layout.channels);  // again for all: the channels that are in order lose nothing
   }
@@ -463,6 +486,18 @@ struct Moments {
     for (; row < last; ++row) s.powers(load_some(from + row * width, count) - k);
   }
 
+  void sum_block(const A* columns, const Section& section, const Block& block, double* one, double* two,
+                 A* scratch) const {
+    sum_rows<A>(
+        block, one, two, scratch,
+        [&](Sums<A>* s, int64_t row, int64_t last, int64_t q, auto vectors) {
+          add<vectors.value>(s, columns, section, row, last, q);
+        },
+        [&](Sums<A>& s, int64_t row, int64_t last, int64_t q, int64_t count) {
+          add_some(s, columns, section, row, last, q, count);
+        });
+  }
+
   // Mean and variance of a channel from its sums. False: the pivot was too far off, a better one is set.
   bool settle(int64_t c, double one, double two, double eps, double& mean, double& variance) {
     const double n = static_cast<double>(layout.count), shift = one / n;
@@ -502,9 +537,10 @@ struct Moments {
   }
 };
 
-template <class T, Activation kind, bool has_residual>
+template <class T, class Kind, bool has_residual>
 struct Apply {
   using A = typename Computed<T>::type;
+  Kind kind;
   const T* x;
   const T* residual;
   T* y;
@@ -513,12 +549,12 @@ struct Apply {
   void vector(const Affine<A>& affine, int64_t offset) const {
     Lanes<A> pre = affine(Memory<T>::load(x + offset));
     if constexpr (has_residual) pre += Memory<T>::load(residual + offset);
-    put<past>(y + offset, activate<kind>(pre));
+    put<past>(y + offset, kind.value(pre));
   }
   void some(const Affine<A>& affine, int64_t offset, int64_t count) const {
     Lanes<A> pre = affine(load_some(x + offset, count));
     if constexpr (has_residual) pre += load_some(residual + offset, count);
-    store_some(y + offset, activate<kind>(pre), count);
+    store_some(y + offset, kind.value(pre), count);
   }
 
   void tile(const Layout& layout, const ChannelNumbers<A>& numbers, int64_t from, int64_t to, int64_t first,
@@ -570,8 +606,11 @@ struct Cut {
 };
 
 // For each tile of planes: sum, settle, apply; settle(channel, one, two) is false if the channel is to be summed again.
-template <class SumTile, class Settle, class Finish>
-void in_tiles(const Layout& layout, int64_t bytes, SumTile&& sum_tile, Settle&& settle, Finish&& finish) {
+using SumTile = Call<void(int64_t from, int64_t to, int64_t first, int64_t last, double* one, double* two)>;
+using SettleChannel = Call<bool(int64_t channel, double one, double two)>;
+using FinishTile = Call<void(int64_t from, int64_t to, int64_t first, int64_t last)>;
+
+void in_tiles(const Layout& layout, int64_t bytes, SumTile sum_tile, SettleChannel settle, FinishTile finish) {
   const Cut cut(layout, bytes);
   const int64_t channels = layout.channels;
   const auto settle_all = [&](int64_t from, int64_t to, double* one, double* two) {
@@ -625,11 +664,11 @@ void normalize(const Tensor& x, const T* residual, const Tensor& y, const Parame
   T* to = static_cast<T*>(y.mutable_data_ptr());
   Moments<T> moments(from, layout);
   const auto with_apply = [&](auto&& f) {
-    with_activation(activation, [&](auto kind) {
+    with_activation<T>(activation, [&](auto kind) {
       if (residual)
-        f(Apply<T, decltype(kind)::value, true>{from, residual, to});
+        f(Apply<T, decltype(kind), true>{kind, from, residual, to});
       else
-        f(Apply<T, decltype(kind)::value, false>{from, nullptr, to});
+        f(Apply<T, decltype(kind), false>{kind, from, nullptr, to});
     });
   };
   moments.choose_pivot(0, layout.channels);
@@ -646,11 +685,8 @@ void normalize(const Tensor& x, const T* residual, const Tensor& y, const Parame
     with_apply([&](const auto& apply) {
       in_rows<A>(
           layout, sizeof(T),
-          [&](Sums<A>* s, const Section& section, int64_t row, int64_t last, int64_t q, auto vectors) {
-            moments.template add<vectors.value>(s, columns + 0, section, row, last, q);
-          },
-          [&](Sums<A>& s, const Section& section, int64_t row, int64_t last, int64_t q, int64_t count) {
-            moments.add_some(s, columns + 0, section, row, last, q, count);
+          [&](const Section& section, const Block& block, double* one, double* two, void* scratch) {
+            moments.sum_block(columns + 0, section, block, one, two, static_cast<A*>(scratch));
           },
           [&](int64_t from, int64_t to, const Totals& totals) {
             bool settled = true;
@@ -777,11 +813,11 @@ Tensor evaluate(Tensor x, Tensor mean, Tensor variance, std::optional<Tensor> we
                                     });
       }
     };
-    with_activation(activation, [&](auto kind) {
+    with_activation<T>(activation, [&](auto kind) {
       if (of_residual)
-        run(Apply<T, decltype(kind)::value, true>{from, of_residual, to});
+        run(Apply<T, decltype(kind), true>{kind, from, of_residual, to});
       else
-        run(Apply<T, decltype(kind)::value, false>{from, nullptr, to});
+        run(Apply<T, decltype(kind), false>{kind, from, nullptr, to});
     });
   });
   return y;
@@ -789,9 +825,10 @@ Tensor evaluate(Tensor x, Tensor mean, Tensor variance, std::optional<Tensor> we
 
 // ---- Backward -----------------------------------------------------------------------------------------------------
 
-template <class T, Activation kind, Source source>
+template <class T, class Kind, Source source>
 struct Gradient {
   using A = typename Computed<T>::type;
+  Kind kind;
   const T* gradient;
   const T* x;
   const T* other;  // the output or the residual, where the source needs it
@@ -799,18 +836,17 @@ struct Gradient {
   template <class Load>
   Lanes<A> operator()(Load&& load, const Affine<A>& affine, Lanes<A> value) const {
     const Lanes<A> g = load(gradient);
-    if constexpr (kind == Activation::none) return g;
-    if constexpr (source == Source::output) return before_output<kind>(g, load(other));
+    if constexpr (source == Source::output) return kind.before_output(g, load(other));
     Lanes<A> pre = affine(value);
     if constexpr (source == Source::input_and_residual) pre += load(other);
-    return before<kind>(g, pre);
+    return kind.before(g, pre);
   }
 };
 
-template <class T, Activation kind, Source source>
+template <class T, class Kind, Source source>
 struct Backward {
   using A = typename Computed<T>::type;
-  Gradient<T, kind, source> before;
+  Gradient<T, Kind, source> before;
   T* input_gradient;
   T* residual_gradient;  // or null
   ChannelNumbers<A> saved;
@@ -891,6 +927,18 @@ struct Backward {
       const Lanes<A> value = load(before.x);
       s.products(before(load, a, value), value - a.mean);
     }
+  }
+
+  void sum_block(const Columns& columns, const Section& section, const Block& block, double* one, double* two,
+                 A* scratch) const {
+    sum_rows<A>(
+        block, one, two, scratch,
+        [&](Sums<A>* s, int64_t row, int64_t last, int64_t q, auto vectors) {
+          add<vectors.value>(s, columns, section, row, last, q);
+        },
+        [&](Sums<A>& s, int64_t row, int64_t last, int64_t q, int64_t count) {
+          add_some(s, columns, section, row, last, q, count);
+        });
   }
 
   void block(const Layout& layout, const Columns& columns, const Section& section, const Block& of) const {
@@ -978,11 +1026,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor gradient, Tensor x, std::opti
           spread(layout, problem.saved[which], data + padded * i++, 0, channels);
         in_rows<A>(
             layout, 2 * sizeof(T),
-            [&](Sums<A>* s, const Section& section, int64_t row, int64_t last, int64_t q, auto vectors) {
-              problem.template add<vectors.value>(s, columns, section, row, last, q);
-            },
-            [&](Sums<A>& s, const Section& section, int64_t row, int64_t last, int64_t q, int64_t count) {
-              problem.add_some(s, columns, section, row, last, q, count);
+            [&](const Section& section, const Block& block, double* one, double* two, void* scratch) {
+              problem.sum_block(columns, section, block, one, two, static_cast<A*>(scratch));
             },
             [&](int64_t from, int64_t to, const Totals& totals) {
               for (int64_t c = from; c < to; ++c) settle(c, totals.one[c], totals.two[c]);
@@ -1007,17 +1052,19 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor gradient, Tensor x, std::opti
     const ChannelNumbers<A> of_input{factors + 0, channels};
     T* to = static_cast<T*>(input_gradient.mutable_data_ptr());
     T* to_residual = own ? static_cast<T*>(residual_gradient.mutable_data_ptr()) : nullptr;
-    with_activation(activation, [&](auto kind) {
-      constexpr Activation k = decltype(kind)::value;
+    with_activation<T>(activation, [&](auto kind) {
+      using Kind = decltype(kind);
       const auto go = [&](auto source, const T* other) {
-        run(Backward<T, k, decltype(source)::value>{{behind, from, other}, to, to_residual, numbers, of_input});
+        constexpr Source s = decltype(source)::value;
+        run(Backward<T, Kind, s>{{kind, behind, from, other}, to, to_residual, numbers, of_input});
       };
-      if (output)
-        go(std::integral_constant<Source, Source::output>{}, data_or_null<T>(output));
-      else if (residual)
-        go(std::integral_constant<Source, Source::input_and_residual>{}, data_or_null<T>(residual));
-      else
-        go(std::integral_constant<Source, Source::input>{}, nullptr);
+      if constexpr (!std::is_same_v<Kind, Nothing>)
+        if (output) return go(std::integral_constant<Source, Source::output>{}, data_or_null<T>(output));
+      if constexpr (std::is_same_v<Kind, Chosen>)
+        if (residual) return go(std::integral_constant<Source, Source::input_and_residual>{}, data_or_null<T>(residual));
+      constexpr bool any = std::is_same_v<Kind, Nothing>;
+      STD_TORCH_CHECK(any || !residual, "batch_norm: a ReLU's gradient needs the output");
+      go(std::integral_constant<Source, Source::input>{}, nullptr);
     });
   });
   return {input_gradient, residual_gradient, parameters};

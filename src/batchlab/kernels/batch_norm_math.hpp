@@ -10,44 +10,84 @@ enum class Activation : int64_t { none, relu, leaky_relu, silu, sigmoid };
 template <class V>
 constexpr auto slope = static_cast<std::decay_t<decltype(V{}[0])>>(0.01);  // of leaky_relu, as in torch.nn.functional
 
+// Activations as types, where they are compiled into the loops; all others go through `Chosen`, a branch a vector, so
+// that the loops are compiled once for them all.
+struct Nothing {
+  template <class V>
+  V value(V x) const {
+    return x;
+  }
+  template <class V>
+  V before(V gradient, V) const {
+    return gradient;
+  }
+  template <class V>
+  V before_output(V gradient, V) const {
+    return gradient;
+  }
+};
+
+struct Relu {
+  template <class V>
+  V value(V x) const {
+    const V zero = {};
+    return x <= zero ? zero : x;  // this way round NaN stays NaN
+  }
+  // The gradient before the activation, from the one behind it and what went in.
+  template <class V>
+  V before(V gradient, V x) const {
+    const V zero = {};
+    return x <= zero ? zero : gradient;
+  }
+  // The same from what came out.
+  template <class V>
+  V before_output(V gradient, V y) const {
+    return before(gradient, y);
+  }
+};
+
+// The exponential is long: one copy of it for each type of vector.
 template <class V>
-inline V sigmoid(V x) {
+__attribute__((noinline)) V sigmoid(V x) {
   return 1 / (1 + exponential(-x));
 }
 
-template <Activation kind, class V>
-inline V activate(V x) {
-  const V zero = {};
-  if constexpr (kind == Activation::relu) return x <= zero ? zero : x;  // this way round NaN stays NaN
-  if constexpr (kind == Activation::leaky_relu) return x > zero ? x : x * slope<V>;
-  if constexpr (kind == Activation::silu) return x * sigmoid(x);
-  if constexpr (kind == Activation::sigmoid) return sigmoid(x);
-  return x;
-}
-
-// The gradient before the activation, from the one behind it and what went in.
-template <Activation kind, class V>
-inline V before(V gradient, V x) {
-  const V zero = {};
-  if constexpr (kind == Activation::relu) return x <= zero ? zero : gradient;
-  if constexpr (kind == Activation::leaky_relu) return x > zero ? gradient : gradient * slope<V>;
-  if constexpr (kind == Activation::silu) {
-    const V s = sigmoid(x);
-    return gradient * (s * (1 + x * (1 - s)));
+struct Chosen {
+  Activation which;
+  template <class V>
+  V value(V x) const {
+    const V zero = {};
+    switch (which) {
+      case Activation::relu: return Relu().value(x);
+      case Activation::leaky_relu: return x > zero ? x : x * slope<V>;
+      case Activation::silu: return x * sigmoid(x);
+      case Activation::sigmoid: return sigmoid(x);
+      default: return x;
+    }
   }
-  if constexpr (kind == Activation::sigmoid) {
-    const V s = sigmoid(x);
-    return gradient * (s * (1 - s));
+  template <class V>
+  V before(V gradient, V x) const {
+    const V zero = {};
+    switch (which) {
+      case Activation::relu: return Relu().before(gradient, x);
+      case Activation::leaky_relu: return x > zero ? gradient : gradient * slope<V>;
+      case Activation::silu: {
+        const V s = sigmoid(x);
+        return gradient * (s * (1 + x * (1 - s)));
+      }
+      case Activation::sigmoid: {
+        const V s = sigmoid(x);
+        return gradient * (s * (1 - s));
+      }
+      default: return gradient;
+    }
   }
-  return gradient;
-}
-
-// The same from what came out: a (leaky) ReLU keeps the sign, and y (1 - y) is the sigmoid's derivative.
-template <Activation kind, class V>
-inline V before_output(V gradient, V y) {
-  if constexpr (kind == Activation::sigmoid) return gradient * (y * (1 - y));
-  return before<kind>(gradient, y);
-}
+  // A (leaky) ReLU keeps the sign, and y (1 - y) is the sigmoid's derivative.
+  template <class V>
+  V before_output(V gradient, V y) const {
+    return which == Activation::sigmoid ? gradient * (y * (1 - y)) : before(gradient, y);
+  }
+};
 
 // What the gradient before the activation is found from.
 enum class Source { input, output, input_and_residual };

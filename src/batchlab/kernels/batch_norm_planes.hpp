@@ -91,7 +91,9 @@ inline void each_plane(const Planes& p, const T* output, int64_t from, int64_t t
       const auto f = each(c);
       const auto near = [&](int64_t i) { f(plane + i, std::false_type()); };
       if constexpr (!past) {
-        sweep<width>(p.size, [&](int64_t i, int) { near(i); }, [&](int64_t i, int) { near(i); });
+        int64_t i = 0;
+        for (; i + width <= p.size; i += width) near(i);
+        if (i < p.size) near(p.size - width);
       } else {
         const int64_t bytes = width * sizeof(T), over = reinterpret_cast<uintptr_t>(output + plane) % bytes;
         const int64_t start = over == 0 ? 0 : (bytes - over) / static_cast<int64_t>(sizeof(T));
