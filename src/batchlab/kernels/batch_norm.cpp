@@ -472,10 +472,12 @@ struct Moments {
   template <int vectors>
   void add(Sums<A>* s, const A* columns, const Section& section, int64_t row, int64_t last, int64_t q) const {
     Lanes<A> k[vectors];
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) k[v] = Memory<A>::load(columns + q + v * kWidth<A>);
     const int64_t width = section.rows.columns;
     const T* from = x + section.origin + q + row * width;
     for (; row < last; ++row, from += width)
+#pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) s[v].powers(Memory<T>::load(from + v * kWidth<A>) - k[v]);
   }
   void add_some(Sums<A>& s, const A* columns, const Section& section, int64_t row, int64_t last, int64_t q,
@@ -579,8 +581,10 @@ struct Apply {
         section, of, y, beyond_cache<T>(layout, has_residual ? 3 : 2),
         [&](const Section& s, int64_t row, int64_t last, int64_t q, auto vectors, auto past) {
           Affine<A> a[vectors.value];
+#pragma GCC unroll 8
           for (int v = 0; v < vectors.value; ++v) a[v] = affine(q + v * kWidth<A>);
           for (int64_t at = s.origin + row * width + q; row < last; ++row, at += width)
+#pragma GCC unroll 8
             for (int v = 0; v < vectors.value; ++v) vector<past.value>(a[v], at + v * kWidth<A>);
         },
         [&](const Section& s, int64_t row, int64_t last, int64_t q, int64_t count) {
@@ -908,8 +912,10 @@ struct Backward {
   template <int vectors>
   void add(Sums<A>* s, const Columns& columns, const Section& section, int64_t row, int64_t last, int64_t q) const {
     Affine<A> a[vectors];
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) a[v] = columns.affine(q + v * kWidth<A>);
     for (int64_t at = section.origin + row * section.rows.columns + q; row < last; ++row, at += section.rows.columns)
+#pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) {
         const auto load = [&](const T* of) { return Memory<T>::load(of + at + v * kWidth<A>); };
         const Lanes<A> value = load(before.x);
@@ -948,11 +954,13 @@ struct Backward {
         [&](const Section& s, int64_t row, int64_t last, int64_t q, auto vectors, auto past) {
           Affine<A> a[vectors.value];
           InputGradient<A> f[vectors.value];
+#pragma GCC unroll 8
           for (int v = 0; v < vectors.value; ++v) {
             a[v] = columns.affine(q + v * kWidth<A>);
             f[v] = columns.change(q + v * kWidth<A>);
           }
           for (int64_t at = s.origin + row * width + q; row < last; ++row, at += width)
+#pragma GCC unroll 8
             for (int v = 0; v < vectors.value; ++v) vector<past.value>(a[v], f[v], at + v * kWidth<A>);
         },
         [&](const Section& s, int64_t row, int64_t last, int64_t q, int64_t count) {

@@ -1,9 +1,9 @@
 """Batch norm with its residual and its activation, two passes over memory forward and two backward, on the CPU.
 
-Bytes, with s the size of the input: forward reads s, reads it again (from the cache, where a tile of channels fits), and
-writes s; backward reads the gradient and the input, both again, and writes s. The limit is 2 s forward and 3 s backward, two
-and a half copies. Saved are the input (and the output or the residual, where there is a residual and an activation) and six
-numbers a channel.
+Bytes, with s the size of the input: forward reads s, reads it again (from the cache, where a tile of channels fits),
+and writes s; backward reads the gradient and the input, both again, and writes s. The limit is 2 s forward and 3 s
+backward, two and a half copies. Saved are the input (and the output or the residual, where there is a residual and an
+activation) and six numbers a channel.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def forward(
     """The output, and (6, C): mean, what its rounding lost, 1/√(var + eps), scale, shift, biased variance.
 
     Running statistics move in place and the number of batches grows by one, where they are given and a channel has two
-    values or more. `x` is dense (`is_dense`), `residual` has its shape, dtype and strides; vectors of channels are contiguous, in
-    float32 (float64 for such an x).
+    values or more. `x` is dense (`is_dense`), `residual` has its shape, dtype and strides; vectors of channels are
+    contiguous, in float32 (float64 for such an x).
     """
     found: tuple[Tensor, Tensor] = torch.ops.batchlab_batch_norm.forward_.default(
         x, weight, bias, residual, running_mean, running_var, num_batches_tracked, momentum, eps, activation
@@ -97,9 +97,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input and residual, and (2, C) those of weight and bias.
 
-    With a residual behind an activation, what went into that is found from the `output` (a (leaky) ReLU, a sigmoid), or from
-    the `residual` (SiLU). The residual's gradient is empty where it is not needed, or is `gradient` itself: without an
-    activation.
+    With a residual behind an activation, what went into that is found from the `output` (a (leaky) ReLU, a sigmoid),
+    or from the `residual` (SiLU). The residual's gradient is empty where it is not needed, or is `gradient` itself:
+    without an activation.
     """
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.batchlab_batch_norm.backward.default(
         gradient, x, output, residual, saved, activation, residual_needed

@@ -49,9 +49,11 @@ inline void sum_rows(const Block& block, double* one, double* two, A* scratch, A
     const int64_t end = std::min(block.last, row + std::min(group, kRowsOfFloats - summed));
     const auto take = [&](int64_t q, auto vectors, auto&& f) {
       Sums<A> s[vectors.value];
+#pragma GCC unroll 8
       for (int v = 0; v < vectors.value; ++v)
         s[v] = {Memory<A>::load(s1 + q + v * width), Memory<A>::load(s2 + q + v * width)};
       f(s, vectors);
+#pragma GCC unroll 8
       for (int v = 0; v < vectors.value; ++v) {
         Memory<A>::store(s1 + q + v * width, s[v].first);
         Memory<A>::store(s2 + q + v * width, s[v].second);
