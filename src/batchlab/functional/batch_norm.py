@@ -15,7 +15,7 @@ from batchlab.functional.batch_norm_checks import (
     check_running,
     check_sample_count,
 )
-from batchlab.functional.batch_norm_fused import evaluate_fused, normalize_fused, serves
+from batchlab.functional.batch_norm_fused import evaluate_fused, normalize_and_update, serves
 from batchlab.functional.batch_norm_training import (
     BACKENDS,
     batch_statistics,
@@ -136,7 +136,7 @@ def batch_norm(
         check_process_group(process_group)
     check_sample_count(x, valid, process_group)
     if choose_backend(backend, x, valid, process_group, residual) == "fused":
-        return _fused(
+        return normalize_and_update(
             x,
             running_mean,
             running_var,
@@ -163,36 +163,6 @@ def batch_norm(
     if running_mean is not None and running_var is not None:
         update_in_place(running_mean, running_var, mean, var, count, momentum, num_batches_tracked, nonfinite)
     return y
-
-
-def _fused(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    activation: str | None,
-    residual: Tensor | None,
-    nonfinite: str,
-    num_batches_tracked: Tensor | None,
-) -> Tensor:
-    """Training in one kernel, which moves the running statistics too where that is all there is to do."""
-    if running_mean is None or running_var is None:
-        return normalize_fused(x, weight, bias, eps, activation, residual)[0]
-    if momentum is not None and nonfinite == "propagate" and _movable(running_mean) and _movable(running_var):
-        running = running_mean, running_var, num_batches_tracked, momentum
-        return normalize_fused(x, weight, bias, eps, activation, residual, running)[0]
-    y, numbers = normalize_fused(x, weight, bias, eps, activation, residual)
-    count = samples_per_channel(x)
-    mean, var = numbers[0] + numbers[1], numbers[5] * (count / (count - 1))
-    update_in_place(running_mean, running_var, mean, var, count, momentum, num_batches_tracked, nonfinite)
-    return y
-
-
-def _movable(running: Tensor) -> bool:
-    return running.is_cpu and running.dtype in (torch.float32, torch.float64) and running.is_contiguous()
 
 
 @torch.no_grad()

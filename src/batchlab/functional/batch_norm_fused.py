@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from batchlab.functional.activation import gradient_from_input, gradient_from_output
+from batchlab.functional.running_statistics import update_in_place
 from batchlab.kernels import batch_norm as kernel
 from batchlab.reference import batch_norm as reference
 
-__all__ = ["evaluate_fused", "normalize_fused", "serves"]
+__all__ = ["evaluate_fused", "normalize_and_update", "normalize_fused", "serves"]
 
 FROM_OUTPUT: Final = frozenset({"relu", "leaky_relu", "sigmoid"})
 """Activations whose derivative the output tells; of the others the residual is kept."""
@@ -146,6 +147,36 @@ def normalize_fused(
         activation,
     )
     return found
+
+
+def _movable(running: Tensor) -> bool:
+    return running.is_cpu and running.dtype in (torch.float32, torch.float64) and running.is_contiguous()
+
+
+def normalize_and_update(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+    nonfinite: str,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    """Training in one kernel, which moves the running statistics too where a plain average is all there is to do."""
+    if running_mean is None or running_var is None:
+        return normalize_fused(x, weight, bias, eps, activation, residual)[0]
+    if momentum is not None and nonfinite == "propagate" and _movable(running_mean) and _movable(running_var):
+        running = running_mean, running_var, num_batches_tracked, momentum
+        return normalize_fused(x, weight, bias, eps, activation, residual, running)[0]
+    y, numbers = normalize_fused(x, weight, bias, eps, activation, residual)
+    count = x.numel() // x.shape[1]
+    mean, var = numbers[0] + numbers[1], numbers[5] * (count / (count - 1))
+    update_in_place(running_mean, running_var, mean, var, count, momentum, num_batches_tracked, nonfinite)
+    return y
 
 
 def evaluate_fused(

@@ -501,9 +501,12 @@ struct Moments {
   }
 
   // Mean and variance of a channel from its sums. False: the pivot was too far off, a better one is set.
-  bool settle(int64_t c, double one, double two, double eps, double& mean, double& variance) {
-    const double n = static_cast<double>(layout.count), shift = one / n;
-    mean = pivot[c] + shift;
+  bool settle(int64_t c, double one, double two, double eps, double& mean, double& rest, double& variance) {
+    const double n = static_cast<double>(layout.count), shift = one / n, from = pivot[c];
+    mean = from + shift;
+    // What the sum's rounding lost (Knuth's two-sum): in float64 it is all there is beyond the mean.
+    const double part = mean - from;
+    rest = std::isfinite(mean) ? (from - (mean - part)) + (shift - part) : 0;
     variance = std::max(two / n - shift * shift, 0.0);
     if (two != two) variance = two;
     if (std::isfinite(one) && std::isfinite(two)) {
@@ -518,6 +521,7 @@ struct Moments {
     } else if (!std::isfinite(one) || sizeof(A) == 8) {
       return true;  // inf or NaN in the input
     }
+    rest = 0;
     in_double(c, mean, variance);  // squares beyond what float can hold
     return true;
   }
@@ -677,9 +681,9 @@ void normalize(const Tensor& x, const T* residual, const Tensor& y, const Parame
   };
   moments.choose_pivot(0, layout.channels);
   const auto settle = [&](int64_t c, double one, double two) {
-    double mean, variance;
-    const bool settled = moments.settle(c, one, two, parameters.eps, mean, variance);
-    parameters.prepare(numbers, c, mean, 0, variance);
+    double mean, rest, variance;
+    const bool settled = moments.settle(c, one, two, parameters.eps, mean, rest, variance);
+    parameters.prepare(numbers, c, mean, rest, variance);
     return settled;
   };
   if (layout.rows) {
