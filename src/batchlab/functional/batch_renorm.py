@@ -106,9 +106,18 @@ def batch_renorm(
     shift = shift if bias is None else shift + bias.to(shift.dtype)
     backend = choose_backend("auto", x, None, None)
     if backend == "fused":
-        running = (running_mean, running_var) if update else (None, None)
         return normalize_and_update(
-            x, *running, scale, shift, momentum, eps, None, None, nonfinite, num_batches_tracked
+            x,
+            running_mean if update else None,
+            running_var if update else None,
+            scale,
+            shift,
+            momentum,
+            eps,
+            None,
+            None,
+            nonfinite,
+            num_batches_tracked,
         )
     y, mean, unbiased_var, count = normalize_batch(
         shifted,
