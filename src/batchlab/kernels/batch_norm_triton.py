@@ -36,6 +36,7 @@ INTERPRETED: Final[bool] = bool(triton.knobs.runtime.interpret)
 DTYPES: Final = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 WARPS: Final = (2, 4, 8)
+"""Tried for kernels without a sum: a tile is 32, 16 or 8 numbers a thread."""
 
 
 def _tuned(kernel: Any) -> Any:
@@ -54,6 +55,15 @@ _input_gradient: Final = _tuned(affine.input_gradient)
 def serves(x: Tensor) -> bool:
     """Whether the kernels take `x`: on the GPU (or interpreted), with a channel dimension, of a dtype they know."""
     return x.ndim >= 2 and x.dtype in DTYPES and (x.is_cpu if INTERPRETED else x.is_cuda)
+
+
+def _vectors(statistics: Tensor, weight: Tensor | None, bias: Tensor | None) -> dict[str, Tensor | None]:
+    """The arguments per channel, without gaps: a weight may be one number, expanded."""
+    return {
+        "statistics": statistics.contiguous(),
+        "weight": None if weight is None else weight.contiguous(),
+        "bias": None if bias is None else bias.contiguous(),
+    }
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
@@ -103,9 +113,7 @@ def apply(
             x,
             y,
             like(residual, x),
-            statistics,
-            weight,
-            bias,
+            **_vectors(statistics, weight, bias),
             size=next_power_of_two(x.numel()),
             EPS=float(eps),
             ACTIVATION=activation,
@@ -114,9 +122,13 @@ def apply(
     return y
 
 
-def _deciding(activation: str | None, output: Tensor | None) -> Tensor | None:
-    """The output, where it is enough to know the activation's derivative; else its input is computed again."""
-    return output if activation in ("relu", "leaky_relu", "sigmoid") else None
+def _deciding(
+    activation: str | None, output: Tensor | None, residual: Tensor | None, x: Tensor
+) -> dict[str, Tensor | None]:
+    """What the activation's derivative needs beside x: its output where that is enough, or the residual, or nothing."""
+    if output is not None and activation in ("relu", "leaky_relu", "sigmoid"):
+        return {"output": like(output, x), "residual": None}
+    return {"output": None, "residual": None if activation is None else like(residual, x)}
 
 
 def gradient_sums(
@@ -144,12 +156,9 @@ def gradient_sums(
         affine.gradient_sums[(reading.blocks * reading.splits,)](
             like(grad, x),
             x,
-            like(_deciding(activation, output), x),
-            like(residual, x),
-            statistics,
-            weight,
-            bias,
-            out,
+            **_deciding(activation, output, residual, x),
+            **_vectors(statistics, weight, bias),
+            out=out,
             splits=reading.splits,
             EPS=float(eps),
             ACTIVATION=activation,
@@ -187,20 +196,17 @@ def input_gradient(
     if x.numel() == 0:
         return grad_x, grad_residual
     if isinstance(count, Tensor):
-        sums, count = sums / count, 1
+        sums, count = (sums / count).to(sums.dtype), 1
     reading = plan(x, sums=False)
     with torch.cuda.device_of(x):
         _input_gradient[(reading.blocks * reading.splits,)](
             like(grad, x),
             x,
-            like(_deciding(activation, output), x),
-            like(residual, x),
-            statistics,
-            weight,
-            bias,
-            sums,
-            grad_x,
-            grad_residual,
+            **_deciding(activation, output, residual, x),
+            **_vectors(statistics, weight, bias),
+            sums=sums.contiguous(),
+            grad_x=grad_x,
+            grad_residual=grad_residual,
             count=count,
             size=next_power_of_two(x.numel()),
             EPS=float(eps),
