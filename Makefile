@@ -8,12 +8,13 @@ OUT    ?= runs/demo
 # One thread per process: parallel runs do not fight over cores, and timings mean something.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check format bench clean setup
+.PHONY: demo test test-gpu check format bench clean setup
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train the paper's MNIST network with and without batch normalization, write a report (about 5 minutes)"
 	@echo "make test    run the tests (about 6 minutes on two cores)"
+	@echo "make test-gpu  the tests of the GPU kernels, where there is one"
 	@echo "make check   lint, types, import contracts"
 	@echo "make bench   measure on this machine; results are appended to benchmarks/results/"
 	@echo "make clean   remove caches and build products (runs/ and .venv/ stay)"
@@ -34,6 +35,10 @@ demo: $(READY)
 
 test: $(READY)
 	@$(BIN)/python -m pytest -n 2
+
+# These run the same kernels in Triton's interpreter where there is no GPU, and skip what takes one, saying so.
+test-gpu: $(READY)
+	@$(BIN)/python -m pytest tests/kernels/test_batch_norm_gpu.py tests/kernels/test_batch_norm_triton.py tests/kernels/test_batch_norm_triton_statistics.py tests/kernels/test_batch_norm_triton_compiled.py
 
 check: $(READY)
 	@$(BIN)/ruff check .

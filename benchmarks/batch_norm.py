@@ -1,44 +1,131 @@
-"""Training-mode batch norm, forward and backward: torch's layer against this library's backends.
+"""Training-mode batch norm with its activation: torch's layers one after the other against one layer of this library.
 
-Memory traffic is the limit for large inputs. Counting passes over the tensor (read or write), float32: torch's
-operation reads x twice and writes y; backward reads x and the gradient twice and writes one: 8 passes. The shift that
-keeps the digits adds a read for the mean, and a read and a write for the shifted copy: 11, or 1.4 times as many.
+Memory traffic is the limit. Counting in tensors of the input's size: forward has to read one and write one, backward to
+read two and write one: 2.5 copies, if what is read twice is in the cache the second time. The table says how many copies
+into an existing buffer, measured in the same rounds, each took.
+
+    python -m benchmarks.batch_norm [--threads 1] [--quick] [--what train|residual|evaluation]
 """
 
+import argparse
+import math
+from collections.abc import Callable
+
 import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional as F
 
 from batchlab import nn
-from benchmarks.harness import interleave, report
+from batchlab.lab.records import describe_environment
+from benchmarks.harness import append, interleave
 
-SHAPES = {
-    "60x100": ((60, 100), torch.contiguous_format, 100),
-    "128x2048": ((128, 2048), torch.contiguous_format, 10),
-    "32x64x56x56": ((32, 64, 56, 56), torch.contiguous_format, 1),
-    "32x64x56x56 channels-last": ((32, 64, 56, 56), torch.channels_last, 1),
-}
+# Distinct inputs of batch norms: (channels, side). Ioffe & Szegedy 2015, Figure 5; He et al. 2016, ResNet-50.
+BN_INCEPTION = [
+    (64, 112),
+    *((c, 56) for c in (64, 192)),
+    *((c, 28) for c in (32, 64, 96, 128)),
+    *((c, 14) for c in (64, 96, 128, 160, 192, 224)),
+    *((c, 7) for c in (128, 160, 192, 224, 256, 320, 352)),
+]
+RESNET_50 = [(64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28), (256, 28)]
+RESNET_50 += [(256, 14), (1024, 14), (512, 14), (512, 7), (2048, 7)]
+OTHERS = [(60, 100), (100, 800), (128, 4096), (1024, 1024), (32, 256, 400), (4, 64, 16, 32, 32)]
 
 
-def main(rounds: int = 30) -> None:
-    """Compare on shapes from the smallest network to an image network's layer."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    for case, (shape, memory_format, repeats) in SHAPES.items():
-        x = torch.randn(shape).contiguous(memory_format=memory_format).requires_grad_()
-        gradient = torch.randn(shape).contiguous(memory_format=memory_format)
-        kind = "BatchNorm1d" if len(shape) == 2 else "BatchNorm2d"
-        layers = {
-            "torch": getattr(torch.nn, kind)(shape[1]),
-            "auto": getattr(nn, kind)(shape[1]),
-            "reference": getattr(nn, kind)(shape[1], backend="reference"),
+def cases(quick: bool) -> dict[str, tuple[tuple[int, ...], torch.memory_format]]:
+    """Name -> shape and memory format."""
+    plain, last = torch.contiguous_format, torch.channels_last
+    found = {"x".join(map(str, shape)): (shape, plain) for shape in OTHERS}
+    images = list(dict.fromkeys([*RESNET_50, *([] if quick else BN_INCEPTION)]))
+    for channels, side in images:
+        shape = (32, channels, side, side)
+        name = "x".join(map(str, shape))
+        found |= {name: (shape, plain), f"{name} channels-last": (shape, last)}
+    return found
+
+
+def candidates(shape: tuple[int, ...], memory_format: torch.memory_format, what: str) -> dict[str, Callable[[], object]]:
+    """torch, this library, and a copy, each as one call."""
+    x = torch.randn(shape).contiguous(memory_format=memory_format)
+    gradient, residual, buffer = (torch.empty_like(x).copy_(torch.randn(shape)) for _ in range(3))
+    kind = f"BatchNorm{max(1, len(shape) - 2)}d"
+    theirs = getattr(torch.nn, kind)(shape[1])
+    ours = getattr(nn, kind)(shape[1], activation="relu")
+
+    def step(y: torch.Tensor, leaves: list[torch.Tensor]) -> None:
+        torch.autograd.grad(y, leaves, gradient)
+
+    if what == "evaluation":
+        theirs.eval()
+        ours.eval()
+        return {
+            "torch": torch.no_grad()(lambda: F.relu(theirs(x))),
+            "batchlab": torch.no_grad()(lambda: ours(x)),
+            "copy": lambda: buffer.copy_(x),
         }
+    x.requires_grad_()
+    if what == "residual":
+        residual.requires_grad_()
+        return {
+            "torch": lambda: step(F.relu(theirs(x) + residual), [x, residual, *theirs.parameters()]),
+            "batchlab": lambda: step(ours(x, residual=residual), [x, residual, *ours.parameters()]),
+            "copy": lambda: buffer.copy_(x.detach()),
+        }
+    return {
+        "torch": lambda: step(F.relu(theirs(x)), [x, *theirs.parameters()]),
+        "batchlab": lambda: step(ours(x), [x, *ours.parameters()]),
+        "copy": lambda: buffer.copy_(x.detach()),
+    }
 
-        def step(layer, x=x, gradient=gradient, repeats=repeats) -> None:  # type: ignore[no-untyped-def]
-            for _ in range(repeats):
-                layer(x).backward(gradient)
-                x.grad = None
 
-        candidates = {name: (lambda layer=layer, step=step: step(layer)) for name, layer in layers.items()}
-        report("batch_norm", case, interleave(candidates, rounds, case), rounds, repeats)
+def main() -> None:
+    """Measure, print the table, and append a line for each shape to benchmarks/results/batch_norm.jsonl."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="without BN-Inception's shapes")
+    parser.add_argument("--what", choices=("train", "residual", "evaluation"), default="train")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    table = Table(title=f"BN + ReLU, {options.what}, float32, {options.threads} thread(s)")
+    for column in ("shape", "MB", "torch µs", "batchlab µs", "times faster", "quartiles", "copies"):
+        table.add_column(column, justify="left" if column == "shape" else "right")
+    ratios = []
+    for name, (shape, memory_format) in cases(options.quick).items():
+        size = 4 * math.prod(shape)
+        calls = max(1, min(200, int(2e6 / size)))
+        rounds = max(7, min(40, int(3e8 / size / calls)))
+        timings = interleave(candidates(shape, memory_format, options.what), rounds, name, calls=calls)
+        mine, theirs = timings["batchlab"], timings["torch"]
+        faster, copies = 1 / mine.ratio, mine.seconds / timings["copy"].seconds
+        ratios.append(faster)
+        table.add_row(
+            name,
+            f"{size / 1e6:.1f}",
+            f"{1e6 * theirs.seconds:,.0f}",
+            f"{1e6 * mine.seconds:,.0f}",
+            f"{faster:.2f}",
+            f"{1 / mine.high:.2f} to {1 / mine.low:.2f}",
+            f"{copies:.1f}",
+        )
+        append(
+            "batch_norm",
+            {
+                "benchmark": "batch_norm",
+                "what": options.what,
+                "case": name,
+                "rounds": rounds,
+                "threads": options.threads,
+                "environment": describe_environment() | {"threads": options.threads},
+                "microseconds": {key: round(1e6 * t.seconds, 2) for key, t in timings.items()},
+                "faster": [round(faster, 3), round(1 / mine.high, 3), round(1 / mine.low, 3)],
+            },
+        )
+    console = Console()
+    console.print(table)
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    console.print(f"geometric mean {mean:.2f} times faster, worst shape {min(ratios):.2f}, {len(ratios)} shapes")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ from batchlab.functional.batch_norm_checks import (
     check_running,
     check_sample_count,
 )
+from batchlab.functional.batch_norm_fused import evaluate_fused, normalize_and_update, serves
 from batchlab.functional.batch_norm_training import (
     BACKENDS,
     batch_statistics,
+    choose_backend,
     finish,
     normalize_batch,
     normalize_running,
@@ -25,7 +27,7 @@ from batchlab.functional.batch_norm_training import (
 )
 from batchlab.functional.gather import check_process_group
 from batchlab.functional.running_statistics import check_momentum, check_nonfinite, update_in_place
-from batchlab.reference.batch_norm import unbiased_variance
+from batchlab.reference.batch_norm import statistics_dtype, unbiased_variance
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -84,8 +86,8 @@ def batch_norm(
         process_group: compute the statistics over all its ranks, weighted by their counts; ranks may be uneven or
             empty. Differentiable, on any backend with all_reduce. Every rank must take part in every forward and
             backward. None: this process alone.
-        backend: "reference" (plain operations), "aten" (torch's own operation, with its rounding), or "auto": the
-            fastest that is exact.
+        backend: "reference" (plain operations), "aten" (torch's own operation, with its rounding), "fused" (one
+            kernel for all of it, on the CPU), or "auto": the fastest that is exact and takes this call.
         nonfinite: what an inf or NaN in the batch statistics does to the running ones: "propagate" into them, "skip"
             the affected channels, or "raise" ValueError before anything changes (reads the values on the host).
         num_batches_tracked: integer scalar tensor, incremented in place by each batch that counts.
@@ -120,12 +122,33 @@ def batch_norm(
             raise ValueError("training=False normalizes with running statistics: give running_mean and running_var")
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}; allowed are {', '.join(map(repr, BACKENDS))}")
+        if backend in ("auto", "fused") and valid is None:
+            needed = torch.is_grad_enabled() and any(
+                value is not None and value.requires_grad
+                for value in (x, weight, bias, residual, running_mean, running_var)
+            )
+            if not needed and running_mean.dtype == statistics_dtype(x.dtype) and serves(x, residual):
+                return evaluate_fused(x, running_mean, running_var, weight, bias, eps, activation, residual)
         y = normalize_running(x, running_mean, running_var, weight, bias, eps, backend)
         return finish(y, x.dtype, residual, activation, valid)
 
     if process_group is not None:
         check_process_group(process_group)
     check_sample_count(x, valid, process_group)
+    if choose_backend(backend, x, valid, process_group, residual) == "fused":
+        return normalize_and_update(
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            momentum,
+            eps,
+            activation,
+            residual,
+            nonfinite,
+            num_batches_tracked,
+        )
     y, mean, var, count = normalize_batch(
         x,
         weight,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchlab.functional.activation import activate
+from batchlab.functional.batch_norm_fused import serves
 from batchlab.functional.gather import merge_over_ranks
 from batchlab.reference import batch_norm as reference
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "Normalized", "batch_statistics", "choose_backend", "finish", "normalize_batch"]
 
-BACKENDS: Final = ("auto", "reference", "aten")
+BACKENDS: Final = ("auto", "reference", "aten", "fused")
 
 
 class Normalized(NamedTuple):
@@ -133,21 +134,37 @@ def samples_per_channel(x: Tensor) -> int:
     return x.numel() // max(x.shape[1], 1)
 
 
-def choose_backend(backend: str, x: Tensor, mask: Tensor | None, process_group: ProcessGroup | None) -> str:
+def choose_backend(
+    backend: str,
+    x: Tensor,
+    mask: Tensor | None,
+    process_group: ProcessGroup | None,
+    residual: Tensor | None = None,
+) -> str:
     """Return the implementation that `backend` means for this call.
 
-    "auto" takes torch's operation on the input shifted by its mean: unshifted, its float32 error grows with mean/std
-    (4e-4 for (N, C) inputs and 6e-3 for channels-last ones at mean/std 1e3). Masks, ranks, empty
-    batches and `torch.func` are the reference's. An explicit backend never falls back: what it cannot do is an error.
+    "auto" takes the fused kernel on the CPU, and elsewhere torch's operation on the input shifted by its mean:
+    unshifted, its float32 error grows with mean/std (4e-4 for (N, C) inputs and 6e-3 for channels-last ones at
+    mean/std 1e3). Masks, ranks, empty batches and `torch.func` are the reference's. An explicit backend never falls
+    back: what it cannot do is an error.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed are {', '.join(map(repr, BACKENDS))}")
     plain = mask is None and process_group is None
+    if backend in ("aten", "fused") and not plain:
+        given = "mask" if mask is not None else "process_group"
+        raise ValueError(f"backend={backend!r} takes no {given}: use backend='auto' or 'reference'")
     if backend == "aten":
-        if not plain:
-            given = "mask" if mask is not None else "process_group"
-            raise ValueError(f"backend='aten' takes no {given}: use backend='auto' or 'reference'")
         return "aten"
+    fused = plain and backend != "reference" and serves(x, residual)
+    if backend == "fused" and not fused:
+        raise ValueError(
+            f"backend='fused' does not take this call (x: {x.dtype} on {x.device}, {x.numel()} numbers): it needs a "
+            "compiled kernel, a CPU tensor that is not empty, a residual of x's dtype, and neither torch.compile nor "
+            "torch.func; use backend='auto'"
+        )
+    if fused:
+        return "fused"
     # torch.func's transforms (grad, vmap, hessian) see through plain operations, not through an autograd.Function.
     transformed = torch._C._are_functorch_transforms_active()
     return "shifted_aten" if backend == "auto" and plain and x.numel() > 0 and not transformed else "reference"

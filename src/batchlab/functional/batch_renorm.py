@@ -9,6 +9,7 @@ from torch import Tensor
 
 from batchlab.functional.batch_norm import batch_norm
 from batchlab.functional.batch_norm_checks import check_input, check_running, check_sample_count
+from batchlab.functional.batch_norm_fused import normalize_and_update
 from batchlab.functional.batch_norm_training import choose_backend, normalize_batch
 from batchlab.functional.running_statistics import check_momentum, check_nonfinite, update_in_place
 from batchlab.reference.batch_norm import center
@@ -103,9 +104,31 @@ def batch_renorm(
     scale = ratio if weight is None else ratio * weight.to(ratio.dtype)
     shift = shift if weight is None else shift * weight.to(shift.dtype)
     shift = shift if bias is None else shift + bias.to(shift.dtype)
-    backend = "aten" if choose_backend("auto", x, None, None) == "shifted_aten" else "reference"
+    backend = choose_backend("auto", x, None, None)
+    if backend == "fused":
+        return normalize_and_update(
+            x,
+            running_mean if update else None,
+            running_var if update else None,
+            scale,
+            shift,
+            momentum,
+            eps,
+            None,
+            None,
+            nonfinite,
+            num_batches_tracked,
+        )
     y, mean, unbiased_var, count = normalize_batch(
-        shifted, scale, shift, eps, activation=None, residual=None, mask=None, process_group=None, backend=backend
+        shifted,
+        scale,
+        shift,
+        eps,
+        activation=None,
+        residual=None,
+        mask=None,
+        process_group=None,
+        backend="aten" if backend == "shifted_aten" else backend,
     )
     if update:
         update_in_place(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from batchlab.functional.batch_norm import batch_norm
 from batchlab.functional.batch_norm_checks import check_input, check_running, check_sample_count
+from batchlab.functional.batch_norm_fused import normalize_fused
 from batchlab.functional.batch_norm_training import choose_backend, normalize_batch, samples_per_channel
 from batchlab.functional.running_statistics import check_momentum, check_nonfinite, update_in_place
 from batchlab.reference.batch_norm import Moments, center, unbiased_variance
@@ -48,16 +49,29 @@ def _normalize(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | Non
     if groups > 1:
         folded = x.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
         weight, bias = (None if values is None else values.repeat(groups) for values in (weight, bias))
-    # Shifted here and not by the backend: offset and remainder of the mean apart keep the digits of their differences.
-    shifted, offset = center(folded)
-    backend = "aten" if choose_backend("auto", x, None, None) == "shifted_aten" else "reference"
-    y, mean, var, _ = normalize_batch(
-        shifted, weight, bias, eps, activation=None, residual=None, mask=None, process_group=None, backend=backend
-    )
+    size = samples_per_channel(folded)
+    # Offset and remainder of the mean apart keep the digits of their differences.
+    backend = choose_backend("auto", x, None, None)
+    if backend == "fused":
+        y, numbers = normalize_fused(folded, weight, bias, eps, None, None)
+        offset, mean, m2 = numbers[0], numbers[1], numbers[5] * size
+    else:
+        shifted, offset = center(folded)  # here, for the offset, and not by the backend
+        y, mean, var, _ = normalize_batch(
+            shifted,
+            weight,
+            bias,
+            eps,
+            activation=None,
+            residual=None,
+            mask=None,
+            process_group=None,
+            backend="aten" if backend == "shifted_aten" else backend,
+        )
+        m2 = var * max(size - 1, 0)
     if groups > 1:
         y = y.unflatten(1, (groups, channels)).transpose(0, 1).flatten(0, 1)
-    size = samples_per_channel(folded)
-    offset, mean, m2 = (value.view(groups, channels) for value in (offset, mean, var * max(size - 1, 0)))
+    offset, mean, m2 = (value.view(groups, channels) for value in (offset, mean, m2))
     return _Groups(y, offset, mean, m2, mean.new_full((groups, 1), size))
 
 

@@ -19,7 +19,15 @@ import torch
 
 __all__ = ["BuildError", "build", "cache_folder"]
 
-FLAGS: Final = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+FLAGS: Final = (
+    "-O3",
+    "-march=native",
+    "-std=c++20",
+    "-Wno-psabi",
+    "-fPIC",
+    "-shared",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+)
 """The last one: torch's stable interface as of 2.11, so that a build serves later versions of torch too."""
 
 TIMEOUT: Final = 300.0
@@ -92,7 +100,8 @@ def build(source: Path) -> Path:
         BuildError: no compiler, or it failed; with its first lines of output.
     """
     torch_folder = Path(torch.__file__).parent
-    text = source.read_bytes()
+    # Its headers lie beside it; which of them it includes is not looked up.
+    text = b"\0".join(path.read_bytes() for path in [source, *sorted(source.parent.glob("*.hpp"))])
     key = (
         source.stem
         + "-"
@@ -114,7 +123,7 @@ def build(source: Path) -> Path:
     compiler = _compiler()
     folder = _writable(cache_folder())
     started = time.perf_counter()
-    print(f"batchlab: compiling {source.name}, once (a few seconds) ...", file=sys.stderr, flush=True)
+    print(f"batchlab: compiling {source.name}, once (up to half a minute) ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="batchlab-") as work:
         built = Path(work) / f"{key}.so"
         command = [*compiler, *FLAGS, f"-I{torch_folder / 'include'}", str(source), "-o", str(built)]

@@ -1,0 +1,253 @@
+// Vectors of the machine's width, by the compiler's own vector types: one source for AVX-512, AVX2, NEON and the rest.
+//
+// Arithmetic is float for float, bfloat16 and half, and double for double.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace batchlab {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <class A>
+struct Vector;
+
+template <>
+struct Vector<float> {
+  static constexpr int width = kVectorBytes / 4;
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t integers __attribute__((vector_size(kVectorBytes)));
+};
+
+template <>
+struct Vector<double> {
+  static constexpr int width = kVectorBytes / 8;
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t integers __attribute__((vector_size(kVectorBytes)));
+};
+
+// What numbers of type T are computed with.
+template <class T>
+struct Computed {
+  using type = float;
+};
+template <>
+struct Computed<double> {
+  using type = double;
+};
+
+template <class A>
+using Lanes = typename Vector<A>::type;
+template <class A>
+constexpr int kWidth = Vector<A>::width;
+
+// A list of equal values becomes one broadcast; a loop over lanes does not.
+template <class A, size_t... lane>
+inline Lanes<A> all_of(A value, std::index_sequence<lane...>) {
+  return Lanes<A>{((void)lane, value)...};
+}
+template <class A>
+inline Lanes<A> all(A value) {
+  return all_of<A>(value, std::make_index_sequence<kWidth<A>>());
+}
+
+template <class A, size_t... lane>
+inline typename Vector<A>::integers numbered(std::index_sequence<lane...>) {
+  return typename Vector<A>::integers{static_cast<int>(lane)...};
+}
+
+// Lanes from `first` on keep their value, those before become 0 (an and, so that inf and NaN go too).
+template <class A>
+inline Lanes<A> from_lane(Lanes<A> lanes, int first) {
+  using Integers = typename Vector<A>::integers;
+  const Integers keep = numbered<A>(std::make_index_sequence<kWidth<A>>()) >= first;
+  return (Lanes<A>)((Integers)lanes & keep);
+}
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// One vector of numbers in memory, at any address.
+template <class T>
+struct Memory;
+
+template <class A>
+struct Plain {
+  typedef A loose __attribute__((vector_size(kVectorBytes), aligned(alignof(A)), may_alias));
+  static Lanes<A> load(const A* from) { return (Lanes<A>)(*reinterpret_cast<const loose*>(from)); }
+  static Lanes<A> packed(Lanes<A> lanes) { return lanes; }
+  static void store(A* to, Lanes<A> lanes) { *reinterpret_cast<loose*>(to) = (loose)lanes; }
+};
+template <>
+struct Memory<float> : Plain<float> {};
+template <>
+struct Memory<double> : Plain<double> {};
+
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint16_t LooseHalves __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+
+template <>
+struct Memory<BFloat16> {
+  static Lanes<float> load(const BFloat16* from) {
+    const Halves bits = (Halves)(*reinterpret_cast<const LooseHalves*>(from));
+    return (Lanes<float>)(__builtin_convertvector(bits, Words) << 16);
+  }
+  static Halves packed(Lanes<float> lanes) {
+    const Words bits = (Words)lanes;
+    // To the nearest, ties to even; a NaN must not round up to infinity.
+    const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Words result = (lanes == lanes) ? rounded : ((bits >> 16) | 0x40);
+    return __builtin_convertvector(result, Halves);
+  }
+  static void store(BFloat16* to, Lanes<float> lanes) {
+    *reinterpret_cast<LooseHalves*>(to) = (LooseHalves)packed(lanes);
+  }
+};
+
+template <>
+struct Memory<Half> {
+#if defined(__AVX512F__)
+  static Lanes<float> load(const Half* from) {
+    return (Lanes<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static Halves packed(Lanes<float> lanes) {
+    return (Halves)_mm512_cvtps_ph((__m512)lanes, _MM_FROUND_TO_NEAREST_INT);
+  }
+#elif defined(__F16C__)
+  static Lanes<float> load(const Half* from) {
+    return (Lanes<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  static Halves packed(Lanes<float> lanes) {
+    return (Halves)_mm256_cvtps_ph((__m256)lanes, _MM_FROUND_TO_NEAREST_INT);
+  }
+#else
+  static Lanes<float> load(const Half* from) {
+    Lanes<float> lanes;
+    for (int i = 0; i < kWidth<float>; ++i) lanes[i] = static_cast<float>(bit_cast<_Float16>(from[i].bits));
+    return lanes;
+  }
+  static Halves packed(Lanes<float> lanes) {
+    Halves result;
+    for (int i = 0; i < kWidth<float>; ++i) result[i] = bit_cast<uint16_t>(static_cast<_Float16>(lanes[i]));
+    return result;
+  }
+#endif
+  static void store(Half* to, Lanes<float> lanes) {
+    *reinterpret_cast<LooseHalves*>(to) = (LooseHalves)packed(lanes);
+  }
+};
+
+// Past the caches, straight to memory: what is too large to stay in them need not be read before it is overwritten.
+// The address must be a multiple of the vector's size; `fence` comes before anybody else looks.
+template <class V, class T>
+inline void stream(T* to, V value) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)value);
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)value);
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)value);
+#endif
+  std::memcpy(static_cast<void*>(to), &value, sizeof(V));
+}
+
+inline void fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// To memory through the caches, or past them.
+template <bool past, class T, class V>
+inline void put(T* to, V lanes) {
+  if constexpr (past)
+    stream(to, Memory<T>::packed(lanes));
+  else
+    Memory<T>::store(to, lanes);
+}
+
+// `count` numbers, fewer than a vector; the other lanes are 0.
+template <class T>
+inline auto load_some(const T* from, int64_t count) {
+  using A = typename Computed<T>::type;
+  T buffer[kWidth<A>] = {};
+  std::memcpy(static_cast<void*>(buffer), from, count * sizeof(T));
+  return Memory<T>::load(buffer);
+}
+
+template <class T, class V>
+inline void store_some(T* to, V lanes, int64_t count) {
+  using A = typename Computed<T>::type;
+  T buffer[kWidth<A>];
+  Memory<T>::store(buffer, lanes);
+  std::memcpy(static_cast<void*>(to), buffer, count * sizeof(T));
+}
+
+inline double sum(Lanes<double> lanes) {
+  double total = 0;
+  for (int i = 0; i < kWidth<double>; ++i) total += lanes[i];
+  return total;
+}
+// In double: what was summed in float over few numbers is not rounded again.
+inline double sum(Lanes<float> lanes) {
+  typedef float Part __attribute__((vector_size(kVectorBytes / 2)));
+  Part low, high;
+  std::memcpy(&low, &lanes, sizeof low);
+  std::memcpy(&high, reinterpret_cast<const char*>(&lanes) + sizeof low, sizeof high);
+  typedef double Wide __attribute__((vector_size(kVectorBytes)));
+  return sum((Lanes<double>)(__builtin_convertvector(low, Wide) + __builtin_convertvector(high, Wide)));
+}
+
+// e^x within 2 units in the last place: x = n ln 2 + r, |r| <= ln 2 / 2, Taylor's series to r^7/7! (the next is 5e-9).
+inline Lanes<float> exponential(Lanes<float> x) {
+  const Lanes<float> low = all(-87.0f), high = all(88.0f);
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const Lanes<float> magic = all(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer
+  const Lanes<float> n = (x * 1.44269504f + magic) - magic;
+  const Lanes<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Lanes<float> p = all(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  using Integers = Vector<float>::integers;
+  const Integers power = (__builtin_convertvector(n, Integers) + 127) << 23;
+  return p * (Lanes<float>)power;  // a product, and not a sum of exponents: NaN stays NaN
+}
+
+inline Lanes<double> exponential(Lanes<double> x) {
+  for (int i = 0; i < kWidth<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+}  // namespace batchlab
