@@ -1,8 +1,8 @@
 """Training-mode batch norm with its activation: torch's layers one after the other against one layer of this library.
 
-Memory traffic is the limit. Counting in tensors of the input's size: forward has to read one and write one, backward to
-read two and write one: 2.5 copies, if what is read twice is in the cache the second time. The table says how many copies
-into an existing buffer, measured in the same rounds, each took.
+Memory traffic is the limit. Counting in tensors of the input's size: forward has to read one and write one, backward
+to read two and write one: 2.5 copies, if what is read twice is in the cache the second time. The table says how many
+copies into an existing buffer, measured in the same rounds, each took.
 
     python -m benchmarks.batch_norm [--threads 1] [--quick] [--what train|residual|evaluation]
 """
@@ -45,7 +45,9 @@ def cases(quick: bool) -> dict[str, tuple[tuple[int, ...], torch.memory_format]]
     return found
 
 
-def candidates(shape: tuple[int, ...], memory_format: torch.memory_format, what: str) -> dict[str, Callable[[], object]]:
+def candidates(
+    shape: tuple[int, ...], memory_format: torch.memory_format, what: str
+) -> dict[str, Callable[[], object]]:
     """torch, this library, and a copy, each as one call."""
     x = torch.randn(shape).contiguous(memory_format=memory_format)
     gradient, residual, buffer = (torch.empty_like(x).copy_(torch.randn(shape)) for _ in range(3))
