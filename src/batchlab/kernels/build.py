@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -93,13 +95,13 @@ def _writable(folder: Path) -> Path:
 def build(source: Path) -> Path:
     """Return the compiled library of a C++ source, compiling it if the cache has none for this machine.
 
-    The result appears in the cache under its final name at once, so processes that build together do not disturb each
-    other. The name has a checksum of the contents: what a killed build or a full disk leaves, a later one replaces.
+    The result appears in the cache under its final name at once. Of processes that start together one compiles, and the
+    others wait for it. The name has a checksum of the contents: what a killed build or a full disk leaves, a later one
+    replaces.
 
     Raises:
         BuildError: no compiler, or it failed; with its first lines of output.
     """
-    torch_folder = Path(torch.__file__).parent
     # Its headers lie beside it; which of them it includes is not looked up.
     text = b"\0".join(path.read_bytes() for path in [source, *sorted(source.parent.glob("*.hpp"))])
     key = (
@@ -122,6 +124,31 @@ def build(source: Path) -> Path:
         return found
     compiler = _compiler()
     folder = _writable(cache_folder())
+    # Workers that start together would all compile; one does, and the others find its library.
+    with _alone(folder, key):
+        return _intact(folder, key) or _compile(source, compiler, folder, key)
+
+
+@contextmanager
+def _alone(folder: Path, key: str) -> Iterator[None]:
+    """Keep other processes from compiling the same thing meanwhile, where the system has such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    path = folder / f"{key}.lock"
+    with path.open("w") as stream:
+        with suppress(OSError):  # a file system without locks: compiled twice, and no harm
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # who waits has it open; who comes later finds the library
+
+
+def _compile(source: Path, compiler: list[str], folder: Path, key: str) -> Path:
+    torch_folder = Path(torch.__file__).parent
     started = time.perf_counter()
     print(f"batchlab: compiling {source.name}, once (up to half a minute) ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="batchlab-") as work:
