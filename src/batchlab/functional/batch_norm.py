@@ -15,7 +15,7 @@ from batchlab.functional.batch_norm_checks import (
     check_running,
     check_sample_count,
 )
-from batchlab.functional.batch_norm_fused import evaluate_fused, normalize_and_update, serves
+from batchlab.functional.batch_norm_fused import evaluate_fused, is_plain, normalize_and_update, serves
 from batchlab.functional.batch_norm_training import (
     BACKENDS,
     batch_statistics,
@@ -27,7 +27,7 @@ from batchlab.functional.batch_norm_training import (
 )
 from batchlab.functional.gather import check_process_group
 from batchlab.functional.running_statistics import check_momentum, check_nonfinite, update_in_place
-from batchlab.reference.batch_norm import statistics_dtype, unbiased_variance
+from batchlab.reference.batch_norm import unbiased_variance
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -122,13 +122,9 @@ def batch_norm(
             raise ValueError("training=False normalizes with running statistics: give running_mean and running_var")
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}; allowed are {', '.join(map(repr, BACKENDS))}")
-        if backend in ("auto", "fused") and valid is None:
-            needed = torch.is_grad_enabled() and any(
-                value is not None and value.requires_grad
-                for value in (x, weight, bias, residual, running_mean, running_var)
-            )
-            if not needed and running_mean.dtype == statistics_dtype(x.dtype) and serves(x, residual):
-                return evaluate_fused(x, running_mean, running_var, weight, bias, eps, activation, residual)
+        constants = is_plain(running_mean) and is_plain(running_var)
+        if backend in ("auto", "fused") and valid is None and constants and serves(x, residual):
+            return evaluate_fused(x, running_mean, running_var, weight, bias, eps, activation, residual)
         y = normalize_running(x, running_mean, running_var, weight, bias, eps, backend)
         return finish(y, x.dtype, residual, activation, valid)
 

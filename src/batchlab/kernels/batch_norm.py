@@ -9,6 +9,7 @@ activation) and six numbers a channel.
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -16,29 +17,101 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from batchlab.kernels.build import build
+from batchlab.kernels.build import GLUE, build
 
-__all__ = ["ACTIVATIONS", "available", "backward", "evaluate", "forward", "is_dense", "release_memory"]
+__all__ = [
+    "ACTIVATIONS",
+    "LIBRARY",
+    "available",
+    "backward",
+    "evaluate",
+    "forward",
+    "gradient_sums",
+    "is_dense",
+    "moments",
+    "release_memory",
+]
 
 DTYPES: Final = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 ACTIVATIONS: Final[dict[str | None, int]] = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "sigmoid": 4}
 SOURCE: Final = Path(__file__).with_name("batch_norm.cpp")
+AUTOGRAD: Final = Path(__file__).with_name("batch_norm_autograd.cpp")
+
+LIBRARY: Final = torch.library.Library("batchlab_batch_norm", "FRAGMENT")
+LIBRARY.define(
+    "differentiable_backward(Tensor gradient, Tensor x, Tensor? weight, Tensor? bias, Tensor? output, "
+    "Tensor? residual, Tensor? statistics, float eps, int activation) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+"""What the compiled node calls for gradients that are differentiated again; `batchlab.functional` has its formula."""
 
 
 @cache
-def available() -> bool:
-    """Whether the compiled kernels are loaded; tries to build them once, and warns once if that fails."""
+def _load() -> bool:
     try:
-        torch.ops.load_library(str(build(SOURCE)))
+        with ThreadPoolExecutor() as pool:  # the compiler is another process; two of them, where there are two cores
+            libraries = list(pool.map(build, (SOURCE, AUTOGRAD), ((), GLUE)))
+        for library in libraries:
+            torch.ops.load_library(str(library))
     except (RuntimeError, OSError) as error:
         warnings.warn(
             f"batchlab: {error}. Batch norm takes PyTorch's own operations instead: right, but slower. Install a C++ "
             "compiler, or set CXX to one.",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
         return False
+    _describe_results()
     return True
+
+
+def available() -> bool:
+    """Whether the compiled kernels are loaded; tries to build them once, and warns once if that fails."""
+    return _load()
+
+
+# torch.compile is to call it and not to look into it: `torch.compiler.assume_constant_result`, whose import of the
+# compiler would take a second of everybody's.
+available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _describe_results() -> None:
+    """Shapes, dtypes and strides of what the operations return, for compilers: nothing is computed."""
+
+    @torch.library.register_fake("batchlab_batch_norm::forward_")
+    def fake_forward(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), _of_channels(x, 6)
+
+    @torch.library.register_fake("batchlab_batch_norm::evaluate")
+    def fake_evaluate(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), _of_channels(x, 6)
+
+    @torch.library.register_fake("batchlab_batch_norm::moments")
+    def fake_moments(x: Tensor) -> Tensor:
+        return x.new_empty((2, x.shape[1]), dtype=torch.float64)
+
+    @torch.library.register_fake("batchlab_batch_norm::gradient_sums")
+    def fake_gradient_sums(_gradient: Tensor, x: Tensor, *_: object) -> Tensor:
+        return x.new_empty((2, x.shape[1]), dtype=torch.float64)
+
+    @torch.library.register_fake("batchlab_batch_norm::backward")
+    def fake_backward(
+        gradient: Tensor,
+        x: Tensor,
+        output: Tensor | None,
+        residual: Tensor | None,
+        saved: Tensor,
+        sums: Tensor | None,
+        count: float,
+        activation: int,
+        residual_needed: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        of_residual = torch.empty_like(x) if residual_needed and activation else saved.new_empty(0)
+        return torch.empty_like(x), of_residual, *_of_channels(x, 2).unbind()
+
+
+def _of_channels(x: Tensor, rows: int) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((rows, x.shape[1]), dtype=dtype)
 
 
 def is_dense(x: Tensor) -> bool:
@@ -79,10 +152,28 @@ def evaluate(
     residual: Tensor | None,
     eps: float,
     activation: int,
-) -> Tensor:
-    """The output with given statistics; the arguments are those of `forward`."""
-    return torch.ops.batchlab_batch_norm.evaluate.default(  # type: ignore[no-any-return]
+) -> tuple[Tensor, Tensor]:
+    """The output with given mean and biased variance, in float32 or float64, and the numbers as `forward` has them.
+
+    Differentiable for all but mean and variance.
+    """
+    found: tuple[Tensor, Tensor] = torch.ops.batchlab_batch_norm.evaluate.default(
         x, mean, variance, weight, bias, residual, eps, activation
+    )
+    return found
+
+
+def moments(x: Tensor) -> Tensor:
+    """(2, C) in float64: mean and biased variance of each channel."""
+    return torch.ops.batchlab_batch_norm.moments.default(x)  # type: ignore[no-any-return]
+
+
+def gradient_sums(
+    gradient: Tensor, x: Tensor, output: Tensor | None, residual: Tensor | None, saved: Tensor, activation: int
+) -> Tensor:
+    """(2, C) in float64: Σ g and Σ g (x - mean), with g the gradient in front of the activation."""
+    return torch.ops.batchlab_batch_norm.gradient_sums.default(  # type: ignore[no-any-return]
+        gradient, x, output, residual, saved, activation
     )
 
 
@@ -93,16 +184,30 @@ def backward(
     residual: Tensor | None,
     saved: Tensor,
     activation: int,
-    residual_needed: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input and residual, and (2, C) those of weight and bias.
+    *,
+    sums: Tensor | None = None,
+    count: float = 0.0,
+    residual_needed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of input, residual, weight and bias.
 
     With a residual behind an activation, what went into that is found from the `output` (a (leaky) ReLU, a sigmoid),
     or from the `residual` (SiLU). The residual's gradient is empty where it is not needed, or is `gradient` itself:
     without an activation.
+
+    Args:
+        gradient: of the output.
+        x: the input.
+        output: what the forward pass returned, or None.
+        residual: what was added, or None.
+        saved: the numbers that `forward` or `evaluate` returned.
+        activation: its number.
+        sums: those of `gradient_sums` over all ranks; None: this input's own.
+        count: how many values the statistics are of: 0 for this input's own, infinity if they were given.
+        residual_needed: whether the residual's gradient is wanted.
     """
-    found: tuple[Tensor, Tensor, Tensor] = torch.ops.batchlab_batch_norm.backward.default(
-        gradient, x, output, residual, saved, activation, residual_needed
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.batchlab_batch_norm.backward.default(
+        gradient, x, output, residual, saved, sums, count, activation, residual_needed
     )
     return found
 

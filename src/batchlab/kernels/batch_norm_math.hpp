@@ -99,11 +99,15 @@ struct Affine {
   Lanes<A> operator()(Lanes<A> x) const { return (x - mean) * scale + shift; }
 };
 
-// Backward: dx = a g + x̂ b + c, x̂ = (x - mean) / √(var + eps).
+// Backward: dx = scale g + (x - mean) b + c, with b = -scale Σ g x̂ / (n √(var + eps)) and c = -scale Σ g / n; with given
+// statistics dx = scale g, whatever x is.
 template <class A>
 struct InputGradient {
-  Lanes<A> mean, inverse, a, b, c;
-  Lanes<A> operator()(Lanes<A> g, Lanes<A> x) const { return a * g + ((x - mean) * inverse * b + c); }
+  Lanes<A> b, c;
+  bool given;
+  Lanes<A> operator()(const Affine<A>& affine, Lanes<A> g, Lanes<A> x) const {
+    return given ? affine.scale * g : affine.scale * g + ((x - affine.mean) * b + c);
+  }
 };
 
 // First and second sums of a vector's worth of channels, or of one channel's lanes.

@@ -23,27 +23,50 @@ struct Planes {
   }
 };
 
-// f(start, number of the accumulator) for whole vectors; rest(start, lane) for the last one, which starts so that it
-// ends with the plane: its lanes before `lane` were there already.
-template <int width, class F, class G>
-inline void sweep(int64_t size, F&& f, G&& rest) {
-  int64_t i = 0;
-  for (; i + 4 * width <= size; i += 4 * width) {
-    f(i, 0);
-    f(i + width, 1);
-    f(i + 2 * width, 2);
-    f(i + 3 * width, 3);
+// The lanes of the last vector of a plane that the ones before it have not had: it starts so that it ends with the plane.
+template <class A>
+struct Last {
+  int64_t start;  // in the plane; its end if there is no such vector
+  int lane;       // the first one that is new
+  explicit Last(int64_t size) : start(size), lane(0) {
+    const int64_t over = size % kWidth<A>;
+    if (over == 0) return;
+    start = size - kWidth<A>;
+    lane = static_cast<int>(kWidth<A> - over);
   }
-  for (; i + width <= size; i += width) f(i, 0);
-  if (i < size) rest(size - width, static_cast<int>(width - (size - i)));
+};
+
+// Sums of a plane, or of a piece of one: `add(sums, offset, channel)` takes in the vector at an offset, and
+// `add_last(sums, offset, channel)` only what is new in it.
+template <class A, class Add, class AddLast>
+inline void sum_plane(Sums<A>& sums, int64_t begin, int64_t size, const Last<A>& last, int64_t c, Add&& add,
+                      AddLast&& add_last) {
+  constexpr int width = kWidth<A>;
+  int64_t i = 0;
+  if (size < 8 * width) {  // no chain of additions that is worth to be cut: one sum, and nothing to put together
+    Sums<A> s = sums;
+    for (; i + width <= size; i += width) add(s, begin + i, c);
+    if (last.lane) add_last(s, begin + last.start, c);
+    sums = s;
+    return;
+  }
+  Sums<A> s[4];
+  for (; i + 4 * width <= size; i += 4 * width)
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) add(s[k], begin + i + k * width, c);
+  for (; i + width <= size; i += width) add(s[0], begin + i, c);
+  if (last.lane) add_last(s[1], begin + last.start, c);
+  s[0] += s[1];
+  s[2] += s[3];
+  s[0] += s[2];
+  sums += s[0];
 }
 
-// Sums over the planes of channels [from, to): `add(sums, offset, lane, channel)` takes in the vector at an offset.
-template <class A, class Add>
+// Sums over the planes of channels [from, to) of samples [first, last).
+template <class A, class Add, class AddLast>
 inline void sum_planes(const Planes& p, int64_t from, int64_t to, int64_t first, int64_t last, double* one, double* two,
-                       Add&& add) {
-  constexpr int width = kWidth<A>;
-  const int64_t piece = 4 * width * kLaneAdditions;  // of a large plane
+                       Add&& add, AddLast&& add_last) {
+  const int64_t piece = 4 * kWidth<A> * kLaneAdditions;  // of a large plane
   const int64_t often = std::max<int64_t>(1, piece / p.size);
   Sums<A> kept[kMostChannels];
   const auto flush = [&] {
@@ -53,25 +76,13 @@ inline void sum_planes(const Planes& p, int64_t from, int64_t to, int64_t first,
       kept[c - from] = {};
     }
   };
+  // Of a plane in several pieces only the last one may have a part of a vector.
+  const Last<A> none(0), of_plane((p.size - 1) % piece + 1);
   for (int64_t n = first; n < last; ++n) {
     for (int64_t c = from; c < to; ++c) {
-      const int64_t plane = p.at(n, c);
-      for (int64_t start = 0; start < p.size; start += piece) {
-        const int64_t size = std::min(piece, p.size - start), begin = plane + start;
-        // Sub-planes shorter than a vector only occur after a whole one: they end with the plane all the same.
-        Sums<A> s[4];
-        if (size >= width) {
-          sweep<width>(
-              size, [&](int64_t i, int k) { add(s[k], begin + i, 0, c); },
-              [&](int64_t i, int lane) { add(s[1], begin + i, lane, c); });
-        } else {
-          add(s[0], begin + size - width, static_cast<int>(width - size), c);
-        }
-        s[0] += s[1];
-        s[2] += s[3];
-        s[0] += s[2];
-        kept[c - from] += s[0];
-      }
+      int64_t begin = p.at(n, c), left = p.size;
+      for (; left > piece; left -= piece, begin += piece) sum_plane(kept[c - from], begin, piece, none, c, add, add_last);
+      sum_plane(kept[c - from], begin, left, of_plane, c, add, add_last);
     }
     if ((n - first) % often == often - 1) flush();
   }
@@ -90,18 +101,12 @@ inline void each_plane(const Planes& p, const T* output, int64_t from, int64_t t
       const int64_t plane = p.at(n, c);
       const auto f = each(c);
       const auto near = [&](int64_t i) { f(plane + i, std::false_type()); };
-      if constexpr (!past) {
-        int64_t i = 0;
-        for (; i + width <= p.size; i += width) near(i);
-        if (i < p.size) near(p.size - width);
-      } else {
-        const int64_t bytes = width * sizeof(T), over = reinterpret_cast<uintptr_t>(output + plane) % bytes;
-        const int64_t start = over == 0 ? 0 : (bytes - over) / static_cast<int64_t>(sizeof(T));
-        if (start > 0) near(0);
-        int64_t i = start;
-        for (; i + width <= p.size; i += width) f(plane + i, std::true_type());
-        if (i < p.size) near(p.size - width);
-      }
+      // What is stored at whole vectors does not lie in two lines of the cache.
+      const int64_t bytes = width * sizeof(T), over = reinterpret_cast<uintptr_t>(output + plane) % bytes;
+      int64_t i = over == 0 ? 0 : (bytes - over) / static_cast<int64_t>(sizeof(T));
+      if (i > 0) near(0);
+      for (; i + width <= p.size; i += width) f(plane + i, std::bool_constant<past>());
+      if (i < p.size) near(p.size - width);
     }
   }
   if constexpr (past) fence();

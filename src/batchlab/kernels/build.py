@@ -28,9 +28,13 @@ FLAGS: Final = (
     "-Wno-psabi",
     "-fPIC",
     "-shared",
+    "-fvisibility=hidden",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 )
 """The last one: torch's stable interface as of 2.11, so that a build serves later versions of torch too."""
+
+GLUE: Final = ("-O2", "-UTORCH_TARGET_VERSION")
+"""Of a source that computes nothing itself, and needs more than the stable interface."""
 
 TIMEOUT: Final = 300.0
 
@@ -92,7 +96,7 @@ def _writable(folder: Path) -> Path:
     return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="batchlab-"))
 
 
-def build(source: Path) -> Path:
+def build(source: Path, flags: tuple[str, ...] = ()) -> Path:
     """Return the compiled library of a C++ source, compiling it if the cache has none for this machine.
 
     The result appears in the cache under its final name at once. Of processes that start together one compiles, and the
@@ -112,7 +116,7 @@ def build(source: Path) -> Path:
                 [
                     text,
                     torch.__version__.encode(),
-                    " ".join(FLAGS).encode(),
+                    " ".join(FLAGS + flags).encode(),
                     _processor().encode(),
                     sys.platform.encode(),
                 ]
@@ -126,7 +130,7 @@ def build(source: Path) -> Path:
     folder = _writable(cache_folder())
     # Workers that start together would all compile; one does, and the others find its library.
     with _alone(folder, key):
-        return _intact(folder, key) or _compile(source, compiler, folder, key)
+        return _intact(folder, key) or _compile(source, [*compiler, *FLAGS, *flags], folder, key)
 
 
 @contextmanager
@@ -153,7 +157,8 @@ def _compile(source: Path, compiler: list[str], folder: Path, key: str) -> Path:
     print(f"batchlab: compiling {source.name}, once (up to half a minute) ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="batchlab-") as work:
         built = Path(work) / f"{key}.so"
-        command = [*compiler, *FLAGS, f"-I{torch_folder / 'include'}", str(source), "-o", str(built)]
+        includes = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include"]
+        command = [*compiler, *(f"-I{folder}" for folder in includes), str(source), "-o", str(built)]
         command += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)

@@ -16,6 +16,7 @@ __all__ = [
     "Moments",
     "average",
     "backward",
+    "backward_given",
     "center",
     "merge_moments",
     "moments",
@@ -215,3 +216,26 @@ def backward(
     )
     grad_weight = (g * centered).sum(dims) * inverse
     return grad_x.to(x.dtype), grad_weight, g.sum(dims)
+
+
+def backward_given(
+    grad_output: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `normalize(x, mean, var, weight, bias)` where mean and variance are constants.
+
+    ∂l/∂x = g · weight / √(var + eps),   ∂l/∂weight = Σ g · x̂,   ∂l/∂bias = Σ g
+
+    Returns:
+        what `backward` returns.
+
+    >>> x, g = torch.randn(8, 1), torch.ones(8, 1)
+    >>> backward_given(g, x, torch.zeros(1), torch.tensor([4.0]), eps=0.0)[0][0].item()
+    0.5
+    """
+    inverse = 1 / (var + eps).sqrt()
+    g = grad_output.to(inverse.dtype)
+    normalized = (x.to(g.dtype) - per_channel(mean, x.ndim)) * per_channel(inverse, x.ndim)
+    scale = inverse if weight is None else inverse * weight.to(g.dtype)
+    dims = _reduced(x)
+    grad_x = g * per_channel(scale, x.ndim)
+    return grad_x.to(x.dtype), (g * normalized).sum(dims), g.sum(dims)

@@ -1,0 +1,275 @@
+// Backward: the gradient before the activation, its sums, and the gradient of the input.
+#pragma once
+#include "batch_norm_forward.hpp"
+
+namespace batchlab {
+
+template <class T, class Kind, Source source>
+struct Gradient {
+  using A = typename Computed<T>::type;
+  Kind kind;
+  const T* gradient;
+  const T* x;
+  const T* other;  // the output or the residual, where the source needs it
+
+  template <class Load>
+  Lanes<A> operator()(Load&& load, const Affine<A>& affine, Lanes<A> value) const {
+    const Lanes<A> g = load(gradient);
+    if constexpr (source == Source::output) return kind.before_output(g, load(other));
+    Lanes<A> pre = affine(value);
+    if constexpr (source == Source::input_and_residual) pre += load(other);
+    return kind.before(g, pre);
+  }
+};
+
+template <class T, class Kind, Source source>
+struct Backward {
+  using A = typename Computed<T>::type;
+  Gradient<T, Kind, source> before;
+  T* input_gradient;
+  T* residual_gradient;  // or null
+  ChannelNumbers<A> saved;
+  ChannelNumbers<A> factors;  // b and c of InputGradient
+  double count;               // of the values that the statistics are of; infinite if these were given
+
+  Affine<A> affine(int64_t c) const { return {all(saved[kMean][c]), all(saved[kScale][c]), all(saved[kShift][c])}; }
+
+  bool given() const { return std::isinf(count); }
+
+  bool far(const Layout& layout) const {
+    return beyond_cache<T>(layout, 3 + (before.other != nullptr) + (residual_gradient != nullptr));
+  }
+
+  template <bool past>
+  void vector(const Affine<A>& a, const InputGradient<A>& change, int64_t offset) const {
+    const auto load = [&](const T* of) { return Memory<T>::load(of + offset); };
+    const Lanes<A> value = load(before.x), g = before(load, a, value);
+    put<past>(input_gradient + offset, change(a, g, value));
+    // Its memory begins at a multiple of a vector where that of the other gradient does: both come from `empty_as`.
+    if (residual_gradient) put<past>(residual_gradient + offset, g);
+  }
+
+  void sum_tile(const Layout& layout, int64_t from, int64_t to, int64_t first, int64_t last, double* one,
+                double* two) const {
+    const Planes p{layout.samples, layout.channels, layout.size};
+    const Last<A> end(layout.size);
+    const auto take = [&](int64_t offset, int64_t c, auto&& f) {
+      const auto load = [&](const T* of) { return Memory<T>::load(of + offset); };
+      const Affine<A> a = affine(c);
+      const Lanes<A> value = load(before.x);
+      f(before(load, a, value), value - a.mean);
+    };
+    sum_planes<A>(
+        p, from, to, first, last, one, two,
+        [&](Sums<A>& s, int64_t offset, int64_t c) {
+          take(offset, c, [&](Lanes<A> g, Lanes<A> d) { s.products(g, d); });
+        },
+        [&](Sums<A>& s, int64_t offset, int64_t c) {
+          take(offset, c, [&](Lanes<A> g, Lanes<A> d) {
+            s.products(from_lane<A>(g, end.lane), from_lane<A>(d, end.lane));
+          });
+        });
+  }
+
+  void finish_tile(const Layout& layout, int64_t from, int64_t to, int64_t first, int64_t last) const {
+    const Planes p{layout.samples, layout.channels, layout.size};
+    with_past(whole_planes<T>(layout) && far(layout), [&](auto past) {
+      each_plane<A, past.value>(p, input_gradient, from, to, first, last, [&](int64_t c) {
+        return [this, a = affine(c),
+                change = InputGradient<A>{all(factors[0][c]), all(factors[1][c]), given()}](int64_t offset, auto past) {
+          vector<past.value>(a, change, offset);
+        };
+      });
+    });
+  }
+
+  // Parameters of columns: mean, scale, shift, b, c; `padded` apart.
+  struct Columns {
+    const A* data;
+    int64_t padded;
+    bool given;
+    Lanes<A> operator()(int which, int64_t q) const { return Memory<A>::load(data + which * padded + q); }
+    Affine<A> affine(int64_t q) const { return {(*this)(0, q), (*this)(1, q), (*this)(2, q)}; }
+    InputGradient<A> change(int64_t q) const {
+      return {(*this)(3, q), (*this)(4, q), given};
+    }
+  };
+  static constexpr int kColumnNumbers = 5;
+
+  template <int vectors>
+  void add(Sums<A>* s, const Columns& columns, const Section& section, int64_t row, int64_t last, int64_t q) const {
+    Affine<A> a[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) a[v] = columns.affine(q + v * kWidth<A>);
+    for (int64_t at = section.origin + row * section.rows.columns + q; row < last; ++row, at += section.rows.columns)
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) {
+        const auto load = [&](const T* of) { return Memory<T>::load(of + at + v * kWidth<A>); };
+        const Lanes<A> value = load(before.x);
+        s[v].products(before(load, a[v], value), value - a[v].mean);
+      }
+  }
+
+  void add_some(Sums<A>& s, const Columns& columns, const Section& section, int64_t row, int64_t last, int64_t q,
+                int64_t count) const {
+    const Affine<A> a = columns.affine(q);
+    for (; row < last; ++row) {
+      const auto load = [&](const T* of) {
+        return load_some(of + section.origin + row * section.rows.columns + q, count);
+      };
+      const Lanes<A> value = load(before.x);
+      s.products(before(load, a, value), value - a.mean);
+    }
+  }
+
+  void sum_block(const Columns& columns, const Section& section, const Block& block, double* one, double* two,
+                 A* scratch) const {
+    sum_rows<A>(
+        block, one, two, scratch,
+        [&](Sums<A>* s, int64_t row, int64_t last, int64_t q, auto vectors) {
+          add<vectors.value>(s, columns, section, row, last, q);
+        },
+        [&](Sums<A>& s, int64_t row, int64_t last, int64_t q, int64_t count) {
+          add_some(s, columns, section, row, last, q, count);
+        });
+  }
+
+  void block(const Layout& layout, const Columns& columns, const Section& section, const Block& of) const {
+    const int64_t width = section.rows.columns;
+    each_in_block<A>(
+        section, of, input_gradient, far(layout),
+        [&](const Section& s, int64_t row, int64_t last, int64_t q, auto vectors, auto past) {
+          Affine<A> a[vectors.value];
+          InputGradient<A> f[vectors.value];
+#pragma GCC unroll 8
+          for (int v = 0; v < vectors.value; ++v) {
+            a[v] = columns.affine(q + v * kWidth<A>);
+            f[v] = columns.change(q + v * kWidth<A>);
+          }
+          for (int64_t at = s.origin + row * width + q; row < last; ++row, at += width)
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors.value; ++v) vector<past.value>(a[v], f[v], at + v * kWidth<A>);
+        },
+        [&](const Section& s, int64_t row, int64_t last, int64_t q, int64_t count) {
+          const Affine<A> a = columns.affine(q);
+          const InputGradient<A> f = columns.change(q);
+          for (; row < last; ++row) {
+            const int64_t offset = s.origin + row * width + q;
+            const auto load = [&](const T* of) { return load_some(of + offset, count); };
+            const Lanes<A> value = load(before.x), g = before(load, a, value);
+            store_some(input_gradient + offset, f(a, g, value), count);
+            if (residual_gradient) store_some(residual_gradient + offset, g, count);
+          }
+        });
+  }
+
+  // Σ g and Σ g (x - mean) of a channel to the factors; returns Σ g x̂.
+  double prepare(int64_t c, double one, double two) const {
+    const double inverse = saved[kInverse][c], rest = saved[kRest][c], a = saved[kScale][c];
+    const double centered = (two - rest * one) * inverse;
+    const double b = -a * centered * inverse / count;
+    factors[0][c] = static_cast<A>(b);
+    factors[1][c] = static_cast<A>(-a * one / count - b * rest);
+    return centered;
+  }
+};
+
+// All the numbers that the columns of rows need.
+template <class T, class Problem>
+struct GradientColumns {
+  using A = typename Computed<T>::type;
+  const Layout& layout;
+  const Problem& problem;
+  int64_t padded;
+  Scratch<A> data;
+  GradientColumns(const Layout& layout_, const Problem& problem_)
+      : layout(layout_),
+        problem(problem_),
+        padded(layout_.rows ? padded_columns<A>(layout_) : 0),
+        data(Problem::kColumnNumbers * padded) {
+    if (!layout.rows) return;
+    for (int i = 0; const int which : {kMean, kScale, kShift})
+      spread(layout, problem.saved[which], data + padded * i++, 0, layout.channels);
+  }
+  void fill(int64_t from, int64_t to) const {
+    for (int which = 0; which < 2; ++which)
+      spread(layout, problem.factors[which], data + padded * (3 + which), from, to);
+  }
+  typename Problem::Columns operator()() const { return {data + 0, padded, problem.given()}; }
+};
+
+// Sums of all channels, and what follows from them: summed(channel, Σ g, Σ g (x - mean)) for each, then what the tiles
+// or blocks become.
+using Summed = Call<void(int64_t channel, double one, double two)>;
+
+template <class T, class Problem>
+void with_sums(const Layout& layout, const Problem& problem, Summed summed, bool finish) {
+  using A = typename Computed<T>::type;
+  if (!layout.rows) {
+    in_tiles(
+        layout, 2 * sizeof(T),
+        [&](int64_t a, int64_t b, int64_t first, int64_t last, double* one, double* two) {
+          problem.sum_tile(layout, a, b, first, last, one, two);
+        },
+        [&](int64_t c, double one, double two) {
+          summed(c, one, two);
+          return true;
+        },
+        [&](int64_t a, int64_t b, int64_t first, int64_t last) {
+          if (finish) problem.finish_tile(layout, a, b, first, last);
+        });
+    return;
+  }
+  const GradientColumns<T, Problem> columns(layout, problem);
+  in_rows<A>(
+      layout, 2 * sizeof(T),
+      [&](const Section& section, const Block& block, double* one, double* two, void* scratch) {
+        problem.sum_block(columns(), section, block, one, two, static_cast<A*>(scratch));
+      },
+      [&](int64_t from, int64_t to, const Totals& totals) {
+        for (int64_t c = from; c < to; ++c) summed(c, totals.one[c], totals.two[c]);
+        if (finish) columns.fill(from, to);
+        return true;
+      },
+      [&](const Section& section, const Block& block) {
+        if (finish) problem.block(layout, columns(), section, block);
+      });
+}
+
+// The input's gradient from factors that are there.
+template <class T, class Problem>
+void without_sums(const Layout& layout, const Problem& problem) {
+  const GradientColumns<T, Problem> columns(layout, problem);
+  if (layout.rows) columns.fill(0, layout.channels);
+  everywhere(
+      layout, 2 * sizeof(T),
+      [&](int64_t a, int64_t b, int64_t first, int64_t last) { problem.finish_tile(layout, a, b, first, last); },
+      [&](const Section& section, const Block& block) { problem.block(layout, columns(), section, block); });
+}
+
+// f(the problem) with everything that is known of it compiled in. The gradient in front of the activation is found from
+// the output, from the input, or, with a residual that the output does not tell of, from both.
+template <class T, class F>
+void with_problem(const Tensor& x, const Tensor& gradient, const std::optional<Tensor>& output,
+                  const std::optional<Tensor>& residual, const Tensor& saved, int64_t activation, F&& f) {
+  using A = typename Computed<T>::type;
+  const T* from = static_cast<const T*>(x.const_data_ptr());
+  const T* behind = static_cast<const T*>(gradient.const_data_ptr());
+  const ChannelNumbers<A> numbers{const_cast<A*>(static_cast<const A*>(saved.const_data_ptr())), x.size(1)};
+  with_activation<T>(activation, [&](auto kind) {
+    using Kind = decltype(kind);
+    const auto go = [&](auto source, const T* other) {
+      constexpr Source s = decltype(source)::value;
+      f(Backward<T, Kind, s>{{kind, behind, from, other}, nullptr, nullptr, numbers, {nullptr, x.size(1)}, 0});
+    };
+    if constexpr (!std::is_same_v<Kind, Nothing>)
+      if (output) return go(std::integral_constant<Source, Source::output>{}, data_or_null<T>(output));
+    if constexpr (std::is_same_v<Kind, Chosen>)
+      if (residual) return go(std::integral_constant<Source, Source::input_and_residual>{}, data_or_null<T>(residual));
+    constexpr bool any = std::is_same_v<Kind, Nothing>;
+    STD_TORCH_CHECK(any || !residual, "batch_norm: a ReLU's gradient needs the output");
+    go(std::integral_constant<Source, Source::input>{}, nullptr);
+  });
+}
+
+}  // namespace batchlab

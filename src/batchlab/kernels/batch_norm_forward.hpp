@@ -1,0 +1,349 @@
+// Forward: moments around a pivot, what they make of a channel, and the output.
+#pragma once
+#include "batch_norm_dispatch.hpp"
+#include "batch_norm_threads.hpp"
+
+namespace batchlab {
+
+// Numbers of a channel that the backward pass needs: the rows of the tensor `saved`.
+enum Saved { kMean, kRest, kInverse, kScale, kShift, kVariance, kSaved };
+
+template <class A>
+struct ChannelNumbers {
+  A* data;
+  int64_t channels;
+  A* operator[](int which) const { return data + which * channels; }
+};
+
+template <class A>
+struct Parameters {
+  const A* weight;
+  const A* bias;
+  double eps;
+
+  // From mean and variance to what is applied, in double.
+  void prepare(const ChannelNumbers<A>& numbers, int64_t c, double mean, double rest, double variance) const {
+    const double inverse = 1 / std::sqrt(variance + eps);
+    const A high = static_cast<A>(mean);
+    const double low = (mean - high) + rest;
+    const double scale = inverse * (weight ? weight[c] : 1);
+    numbers[kMean][c] = high;
+    numbers[kRest][c] = static_cast<A>(low);
+    numbers[kInverse][c] = static_cast<A>(inverse);
+    numbers[kScale][c] = static_cast<A>(scale);
+    // x - high is exact or nearly so; what the mean has beyond `high` is taken off behind the scale.
+    numbers[kShift][c] = static_cast<A>((bias ? bias[c] : 0) - low * scale);
+    numbers[kVariance][c] = static_cast<A>(variance);
+  }
+};
+
+template <class T>
+inline double as_double(T value) {
+  if constexpr (std::is_same_v<T, BFloat16>)
+    return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
+  else if constexpr (std::is_same_v<T, Half>)
+    return load_some(&value, 1)[0];
+  else
+    return value;
+}
+
+template <class T>
+struct Moments {
+  using A = typename Computed<T>::type;
+  const T* x;
+  const Layout& layout;
+  Scratch<A> pivot;
+
+  Moments(const T* x_, const Layout& layout_) : x(x_), layout(layout_), pivot(layout_.channels) {}
+
+  // The mean of some of the first values: near the mean of all, or `settle` finds out that it is not.
+  void choose_pivot(int64_t from, int64_t to) {
+    if (!layout.rows) {
+      const int64_t some = std::min<int64_t>(layout.size, 16);
+      for (int64_t c = from; c < to; ++c) {
+        A total = 0;
+        for (int64_t i = 0; i < some; ++i) total += static_cast<A>(as_double(x[c * layout.size + i]));
+        set_pivot(c, total / some);
+      }
+      return;
+    }
+    const int64_t some = std::min<int64_t>(layout.count / layout.part, 8);
+    const int64_t stride = layout.channels * layout.part;
+    for (int64_t c = from; c < to; ++c) pivot[c] = 0;
+    for (int64_t row = 0; row < some; ++row)
+      for (int64_t c = from; c < to; ++c) pivot[c] += static_cast<A>(as_double(x[row * stride + c * layout.part]));
+    for (int64_t c = from; c < to; ++c) set_pivot(c, pivot[c] / some);
+  }
+
+  void set_pivot(int64_t c, A value) { pivot[c] = std::isfinite(value) ? value : A(0); }
+
+  void sum_tile(int64_t from, int64_t to, int64_t first, int64_t last, double* one, double* two) const {
+    const Planes p{layout.samples, layout.channels, layout.size};
+    const Last<A> end(layout.size);
+    const auto distance = [&](int64_t offset, int64_t c) { return Memory<T>::load(x + offset) - all(pivot[c]); };
+    sum_planes<A>(
+        p, from, to, first, last, one, two,
+        [&](Sums<A>& s, int64_t offset, int64_t c) { s.powers(distance(offset, c)); },
+        [&](Sums<A>& s, int64_t offset, int64_t c) { s.powers(from_lane<A>(distance(offset, c), end.lane)); });
+  }
+
+  // Of some vectors of columns in the rows of a section; `columns` are the pivots.
+  template <int vectors>
+  void add(Sums<A>* s, const A* columns, const Section& section, int64_t row, int64_t last, int64_t q) const {
+    Lanes<A> k[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) k[v] = Memory<A>::load(columns + q + v * kWidth<A>);
+    const int64_t width = section.rows.columns;
+    const T* from = x + section.origin + q + row * width;
+    for (; row < last; ++row, from += width)
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) s[v].powers(Memory<T>::load(from + v * kWidth<A>) - k[v]);
+  }
+  void add_some(Sums<A>& s, const A* columns, const Section& section, int64_t row, int64_t last, int64_t q,
+                int64_t count) const {
+    const Lanes<A> k = Memory<A>::load(columns + q);
+    const int64_t width = section.rows.columns;
+    const T* from = x + section.origin + q;
+    for (; row < last; ++row) s.powers(load_some(from + row * width, count) - k);
+  }
+
+  void sum_block(const A* columns, const Section& section, const Block& block, double* one, double* two,
+                 A* scratch) const {
+    sum_rows<A>(
+        block, one, two, scratch,
+        [&](Sums<A>* s, int64_t row, int64_t last, int64_t q, auto vectors) {
+          add<vectors.value>(s, columns, section, row, last, q);
+        },
+        [&](Sums<A>& s, int64_t row, int64_t last, int64_t q, int64_t count) {
+          add_some(s, columns, section, row, last, q, count);
+        });
+  }
+
+  // Mean and variance of a channel from its sums. False: the pivot was too far off, a better one is set.
+  bool settle(int64_t c, double one, double two, double eps, double& mean, double& rest, double& variance) {
+    const double n = static_cast<double>(layout.count), shift = one / n, from = pivot[c];
+    mean = from + shift;
+    // What the sum's rounding lost (Knuth's two-sum): in float64 it is all there is beyond the mean.
+    const double part = mean - from;
+    rest = std::isfinite(mean) ? (from - (mean - part)) + (shift - part) : 0;
+    variance = std::max(two / n - shift * shift, 0.0);
+    if (two != two) variance = two;
+    if (std::isfinite(one) && std::isfinite(two)) {
+      if (16 * variance < shift * shift) {
+        const A better = static_cast<A>(mean);
+        if (better != pivot[c]) {
+          pivot[c] = better;
+          return false;
+        }
+      }
+      if (variance >= 1e-30 || eps >= 1e-30 || sizeof(A) == 8) return true;
+    } else if (!std::isfinite(one) || sizeof(A) == 8) {
+      return true;  // inf or NaN in the input
+    }
+    rest = 0;
+    in_double(c, mean, variance);  // squares beyond what float can hold
+    return true;
+  }
+
+  void in_double(int64_t c, double& mean, double& variance) const {
+    const double n = static_cast<double>(layout.count);
+    double total = 0, squares = 0;
+    each_of(c, [&](double value) { total += value; });
+    mean = total / n;
+    each_of(c, [&](double value) { squares += (value - mean) * (value - mean); });
+    variance = squares / n;
+  }
+
+  template <class F>
+  void each_of(int64_t c, F&& f) const {
+    const int64_t size = layout.rows ? layout.part : layout.size, samples = layout.count / size;
+    for (int64_t n = 0; n < samples; ++n)
+      for (int64_t i = 0; i < size; ++i) f(as_double(x[(n * layout.channels + c) * size + i]));
+  }
+};
+
+template <class T, class Kind, bool has_residual>
+struct Apply {
+  using A = typename Computed<T>::type;
+  Kind kind;
+  const T* x;
+  const T* residual;
+  T* y;
+
+  template <bool past>
+  void vector(const Affine<A>& affine, int64_t offset) const {
+    Lanes<A> pre = affine(Memory<T>::load(x + offset));
+    if constexpr (has_residual) pre += Memory<T>::load(residual + offset);
+    put<past>(y + offset, kind.value(pre));
+  }
+  void some(const Affine<A>& affine, int64_t offset, int64_t count) const {
+    Lanes<A> pre = affine(load_some(x + offset, count));
+    if constexpr (has_residual) pre += load_some(residual + offset, count);
+    store_some(y + offset, kind.value(pre), count);
+  }
+
+  void tile(const Layout& layout, const ChannelNumbers<A>& numbers, int64_t from, int64_t to, int64_t first,
+            int64_t last) const {
+    const Planes p{layout.samples, layout.channels, layout.size};
+    with_past(whole_planes<T>(layout) && beyond_cache<T>(layout, has_residual ? 3 : 2), [&](auto past) {
+      each_plane<A, past.value>(p, y, from, to, first, last, [&](int64_t c) {
+        return [this, affine = Affine<A>{all(numbers[kMean][c]), all(numbers[kScale][c]), all(numbers[kShift][c])}](
+                   int64_t offset, auto far) { vector<far.value>(affine, offset); };
+      });
+    });
+  }
+
+  // `columns` are mean, scale and shift of all columns, `padded` apart.
+  void block(const Layout& layout, const A* columns, int64_t padded, const Section& section, const Block& of) const {
+    const int64_t width = section.rows.columns;
+    const auto affine = [&](int64_t q) {
+      return Affine<A>{Memory<A>::load(columns + q), Memory<A>::load(columns + padded + q),
+                       Memory<A>::load(columns + 2 * padded + q)};
+    };
+    each_in_block<A>(
+        section, of, y, beyond_cache<T>(layout, has_residual ? 3 : 2),
+        [&](const Section& s, int64_t row, int64_t last, int64_t q, auto vectors, auto past) {
+          Affine<A> a[vectors.value];
+#pragma GCC unroll 8
+          for (int v = 0; v < vectors.value; ++v) a[v] = affine(q + v * kWidth<A>);
+          for (int64_t at = s.origin + row * width + q; row < last; ++row, at += width)
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors.value; ++v) vector<past.value>(a[v], at + v * kWidth<A>);
+        },
+        [&](const Section& s, int64_t row, int64_t last, int64_t q, int64_t count) {
+          const Affine<A> a = affine(q);
+          for (; row < last; ++row) some(a, s.origin + row * width + q, count);
+        });
+  }
+};
+
+// Moments of all channels, and what follows from them: settled(channel, mean, rest, variance) for each, then
+// ready(first channel, last channel) for some, then what the tiles or blocks of these become.
+using Settled = Call<void(int64_t channel, double mean, double rest, double variance)>;
+using Ready = Call<void(int64_t from, int64_t to)>;
+
+template <class T>
+void with_moments(const T* x, const Layout& layout, double eps, Settled settled, Ready ready, FinishTile finish_tile,
+                  FinishBlock finish_block) {
+  using A = typename Computed<T>::type;
+  Moments<T> moments(x, layout);
+  moments.choose_pivot(0, layout.channels);
+  const auto settle = [&](int64_t c, double one, double two) {
+    double mean, rest, variance;
+    const bool done = moments.settle(c, one, two, eps, mean, rest, variance);
+    settled(c, mean, rest, variance);
+    return done;
+  };
+  if (!layout.rows) {
+    in_tiles(
+        layout, sizeof(T),
+        [&](int64_t a, int64_t b, int64_t first, int64_t last, double* one, double* two) {
+          moments.sum_tile(a, b, first, last, one, two);
+        },
+        settle, finish_tile);
+    return;
+  }
+  Scratch<A> pivots(padded_columns<A>(layout));
+  spread(layout, moments.pivot + 0, pivots + 0, 0, layout.channels);
+  in_rows<A>(
+      layout, sizeof(T),
+      [&](const Section& section, const Block& block, double* one, double* two, void* scratch) {
+        moments.sum_block(pivots + 0, section, block, one, two, static_cast<A*>(scratch));
+      },
+      [&](int64_t from, int64_t to, const Totals& totals) {
+        bool done = true;
+        for (int64_t c = from; c < to; ++c) done &= settle(c, totals.one[c], totals.two[c]);
+        if (!done) spread(layout, moments.pivot + 0, pivots + 0, from, to);
+        ready(from, to);
+        return done;
+      },
+      finish_block);
+}
+
+// f(what applies the given activation) with everything that is known of it compiled in.
+template <class T, class F>
+void with_apply(const Tensor& x, const std::optional<Tensor>& residual, Tensor& y, int64_t activation, F&& f) {
+  const T* from = static_cast<const T*>(x.const_data_ptr());
+  const T* of_residual = data_or_null<T>(residual);
+  T* to = static_cast<T*>(y.mutable_data_ptr());
+  with_activation<T>(activation, [&](auto kind) {
+    if (residual)
+      f(Apply<T, decltype(kind), true>{kind, from, of_residual, to});
+    else
+      f(Apply<T, decltype(kind), false>{kind, from, nullptr, to});
+  });
+}
+
+// Mean, scale and shift of the columns.
+template <class A>
+struct AffineColumns {
+  const Layout& layout;
+  const ChannelNumbers<A>& numbers;
+  int64_t padded;
+  Scratch<A> data;
+  AffineColumns(const Layout& layout_, const ChannelNumbers<A>& numbers_)
+      : layout(layout_),
+        numbers(numbers_),
+        padded(layout_.rows ? padded_columns<A>(layout_) : 0),
+        data(3 * padded) {}
+  void fill(int64_t from, int64_t to) const {
+    for (int i = 0; const int which : {kMean, kScale, kShift})
+      spread(layout, numbers[which], data + padded * i++, from, to);
+  }
+};
+
+// y with the batch's own statistics; its numbers are filled in.
+template <class T, class A>
+void normalize(const Tensor& x, const std::optional<Tensor>& residual, Tensor& y, const Parameters<A>& parameters,
+               const ChannelNumbers<A>& numbers, int64_t activation) {
+  const Layout layout = layout_of<A>(x);
+  const AffineColumns<A> columns(layout, numbers);
+  with_apply<T>(x, residual, y, activation, [&](const auto& apply) {
+    with_moments<T>(
+        apply.x, layout, parameters.eps,
+        [&](int64_t c, double mean, double rest, double variance) {
+          parameters.prepare(numbers, c, mean, rest, variance);
+        },
+        [&](int64_t from, int64_t to) { columns.fill(from, to); },
+        [&](int64_t a, int64_t b, int64_t first, int64_t last) { apply.tile(layout, numbers, a, b, first, last); },
+        [&](const Section& section, const Block& block) {
+          apply.block(layout, columns.data + 0, columns.padded, section, block);
+        });
+  });
+}
+
+// y with the numbers that are there.
+template <class T, class A>
+void normalize_given(const Tensor& x, const std::optional<Tensor>& residual, Tensor& y,
+                     const ChannelNumbers<A>& numbers, int64_t activation) {
+  const Layout layout = layout_of<A>(x);
+  const AffineColumns<A> columns(layout, numbers);
+  if (layout.rows) columns.fill(0, layout.channels);
+  with_apply<T>(x, residual, y, activation, [&](const auto& apply) {
+    everywhere(
+        layout, sizeof(T),
+        [&](int64_t a, int64_t b, int64_t first, int64_t last) { apply.tile(layout, numbers, a, b, first, last); },
+        [&](const Section& section, const Block& block) {
+          apply.block(layout, columns.data + 0, columns.padded, section, block);
+        });
+  });
+}
+
+// A running statistic takes in what the batch had.
+template <class A>
+void move(const std::optional<Tensor>& running, int64_t channels, double momentum, const A* batch, double factor,
+          const A* more) {
+  if (!running) return;
+  const auto average = [&](auto* values) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const double value = (static_cast<double>(batch[c]) + (more ? more[c] : 0)) * factor;
+      values[c] = static_cast<std::remove_reference_t<decltype(values[0])>>(values[c] + momentum * (value - values[c]));
+    }
+  };
+  if (running->scalar_type() == ScalarType::Double)
+    average(static_cast<double*>(running->mutable_data_ptr()));
+  else
+    average(static_cast<float*>(running->mutable_data_ptr()));
+}
+
+}  // namespace batchlab

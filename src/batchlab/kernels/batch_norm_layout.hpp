@@ -1,0 +1,115 @@
+// How the numbers of an input lie in memory: planes of one channel each, or rows of neighbouring columns.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "batch_norm_rows.hpp"
+
+namespace batchlab {
+
+using torch::stable::Tensor;
+
+// How a dense tensor lies in memory, and which channel a column belongs to where it lies in rows.
+struct Layout {
+  bool rows = false;
+  int64_t samples = 0, channels = 0, size = 1;  // of planes; rows have `samples` of all positions
+  int64_t count = 0;                            // values of each channel
+  // Rows of several short ones, and what is left of these.
+  Rows main{0, 0}, rest{0, 0};
+  int64_t part = 1;  // columns of a channel that are neighbours (planes smaller than a vector)
+
+  int64_t channel(int64_t column) const { return part > 1 ? column / part : column % channels; }
+  int64_t numbers() const { return count * channels; }
+};
+
+// Strides of a dense tensor whose channels are innermost; else of a contiguous one. False: neither.
+inline bool is_channels_last(const Tensor& x) {
+  int64_t expected = x.size(1);
+  if (x.size(1) != 1 && x.stride(1) != 1) return false;
+  for (int64_t d = x.dim() - 1; d >= 0; --d) {
+    if (d == 1) continue;
+    if (x.size(d) != 1 && x.stride(d) != expected) return false;
+    expected *= x.size(d);
+  }
+  return true;
+}
+
+inline bool is_contiguous(const Tensor& x) {
+  int64_t expected = 1;
+  for (int64_t d = x.dim() - 1; d >= 0; --d) {
+    if (x.size(d) != 1 && x.stride(d) != expected) return false;
+    expected *= x.size(d);
+  }
+  return true;
+}
+
+template <class A>
+Layout layout_of(const Tensor& x) {
+  Layout layout;
+  const int64_t inner = x.numel() == 0 ? 1 : x.numel() / (x.size(0) * x.size(1));
+  layout.channels = x.size(1);
+  layout.count = x.size(0) * inner;
+  const bool planes = is_contiguous(x) && inner > 1;
+  STD_TORCH_CHECK(planes || is_channels_last(x), "batch_norm: the input is neither contiguous nor channels-last");
+  if (planes && inner >= kWidth<A>) {
+    layout.samples = x.size(0);
+    layout.size = inner;
+    return layout;
+  }
+  layout.rows = true;
+  if (planes) {
+    layout.part = inner;
+    layout.main = {x.size(0), layout.channels * inner};
+    return layout;
+  }
+  // As many rows as fill whole vectors, if they are not longer than a page together.
+  int64_t several = 1;
+  while (several < kWidth<A> && (layout.channels * several) % kWidth<A> != 0) several *= 2;
+  if (layout.channels * several > 1024) several = 1;
+  layout.main = {layout.count / several, layout.channels * several};
+  layout.rest = {layout.count % several, layout.channels};
+  return layout;
+}
+
+// Whether what a pass reads and writes, this many tensors, is so much that little of the output's memory can be in the
+// caches: then it need not be read before it is overwritten. Where everything else a network does lies between two
+// uses of the same memory, that is so from a few megabytes on, and pays even if the output is read right away.
+constexpr int64_t kCacheBytes = 16 << 20;
+
+template <class T>
+bool beyond_cache(const Layout& layout, int64_t tensors) {
+  return tensors * layout.numbers() * static_cast<int64_t>(sizeof(T)) >= kCacheBytes;
+}
+
+// A cache line that is written past the cache in one part and through it in the other is slower than both.
+template <class T>
+bool whole_planes(const Layout& layout) {
+  return layout.size * sizeof(T) % 64 == 0;
+}
+
+template <class F>
+void with_past(bool past, F&& f) {
+  if (past)
+    f(std::true_type());
+  else
+    f(std::false_type());
+}
+
+// Columns up to a whole vector.
+template <class A>
+int64_t padded_columns(const Layout& layout) {
+  return (layout.main.columns + kWidth<A> - 1) / kWidth<A> * kWidth<A>;
+}
+
+// A number of each of some channels, for each of their columns.
+template <class A>
+void spread(const Layout& layout, const A* channels, A* columns, int64_t from, int64_t to) {
+  const int64_t size = layout.main.columns, padded = padded_columns<A>(layout);
+  if (layout.part == 1)
+    for (int64_t q = 0; q < size; q += layout.channels) std::copy(channels + from, channels + to, columns + q + from);
+  else
+    for (int64_t q = from * layout.part; q < to * layout.part; ++q) columns[q] = channels[q / layout.part];
+  if (to == layout.channels) std::fill(columns + size, columns + padded, A(0));
+}
+
+}  // namespace batchlab
