@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from batchlab.kernels.build import build
+from batchlab.kernels.source import Source
 
 __all__ = ["ACTIVATIONS", "available", "backward", "evaluate", "forward", "is_dense", "release_memory"]
 
 DTYPES: Final = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 ACTIVATIONS: Final[dict[str | None, int]] = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "sigmoid": 4}
-SOURCE: Final = Path(__file__).with_name("batch_norm.cpp")
+SOURCE: Final = Source(Path(__file__).with_name("batch_norm.cpp"))
 
 
 @cache
@@ -109,4 +110,6 @@ def backward(
 
 def release_memory() -> int:
     """Give the memory that waits for the next results back to the system; returns its bytes."""
-    return int(torch.ops.batchlab_batch_norm.release_memory.default()) if available() else 0
+    if not hasattr(torch.ops.batchlab_batch_norm, "release_memory"):
+        return 0  # not in use yet: nothing waits, and nothing is compiled to say so
+    return int(torch.ops.batchlab_batch_norm.release_memory.default())

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from batchlab.kernels.build import build
+from batchlab.kernels.source import Source
 
 __all__ = [
     "available",
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 DTYPES: Final = frozenset({torch.float32, torch.float64})
-SOURCE: Final = Path(__file__).with_name("submatrix.cpp")
+SOURCE: Final = Source(Path(__file__).with_name("submatrix.cpp"))
 
 
 @cache
@@ -105,7 +106,9 @@ def linear_backward(
 
 def release_memory() -> int:
     """Give the memory that waits for the next batch's blocks back to the system; returns its bytes."""
-    return int(torch.ops.batchlab_submatrix.release_memory.default()) if available() else 0
+    if not hasattr(torch.ops.batchlab_submatrix, "release_memory"):
+        return 0  # not in use yet: nothing waits, and nothing is compiled to say so
+    return int(torch.ops.batchlab_submatrix.release_memory.default())
 
 
 def momentum_step(
