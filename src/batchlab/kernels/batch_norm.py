@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from batchlab.kernels.build import build
+from batchlab.kernels.build import build, load
 from batchlab.kernels.source import Source
 
 __all__ = ["ACTIVATIONS", "available", "backward", "evaluate", "forward", "is_dense", "release_memory"]
@@ -30,7 +30,7 @@ SOURCE: Final = Source(Path(__file__).with_name("batch_norm.cpp"))
 def available() -> bool:
     """Whether the compiled kernels are loaded; tries to build them once, and warns once if that fails."""
     try:
-        torch.ops.load_library(str(build(SOURCE)))
+        load(build(SOURCE))
     except (RuntimeError, OSError) as error:
         warnings.warn(
             f"batchlab: {error}. Batch norm takes PyTorch's own operations instead: right, but slower. Install a C++ "

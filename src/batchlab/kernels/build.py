@@ -21,7 +21,7 @@ import torch
 
 from batchlab.kernels.source import Source, included
 
-__all__ = ["BuildError", "build", "cache_folder", "compiled", "find_compiler", "writable"]
+__all__ = ["BuildError", "build", "cache_folder", "compiled", "find_compiler", "load", "writable"]
 
 FLAGS: Final = ("-O3", "-march=native", "-std=c++20", "-Wno-psabi", "-fPIC", "-shared")
 """Those of all kernels."""
@@ -149,6 +149,18 @@ def build(source: Source, announce: Callable[[str], None] = _say, fall_back: boo
     # Workers that start together would all compile; one does, and the others find its library.
     with _alone(folder, key):
         return _intact(folder, key) or _compile(source, compiler, folder, key, announce)
+
+
+def load(library: Path) -> None:
+    """Make the operators of a compiled library known to torch.
+
+    Raises:
+        BuildError: it cannot be loaded; with what the system says.
+    """
+    try:
+        torch.ops.load_library(str(library))
+    except (RuntimeError, OSError) as error:
+        raise BuildError(f"{library} cannot be loaded: {error.__cause__ or error}") from error
 
 
 @contextmanager
