@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -83,6 +84,26 @@ def test_ever_so_many_small_pieces_do_not_wait() -> None:
     held = [submatrix.gather(torch.ones(1, 16), None, None) for _ in range(3000)]
     held.clear()
     assert submatrix.release_memory() == 1024 * 64
+
+
+@compiled
+def test_no_two_results_share_memory_whoever_frees_what_when() -> None:
+    def work(seed: int) -> bool:
+        random = torch.Generator().manual_seed(seed)
+        held: list[tuple[torch.Tensor, float]] = []
+        for step in range(400):
+            rows = int(torch.randint(0, 900, (), generator=random))
+            held.append((submatrix.gather(torch.full((rows, 64), seed + step / 1000), None, None), seed + step / 1000))
+            while len(held) > int(torch.randint(1, 12, (), generator=random)):
+                result, value = held.pop(int(torch.randint(len(held), (), generator=random)))
+                if not torch.equal(result, torch.full_like(result, value)):
+                    return False
+            if step % 100 == 99:
+                kernels.release_memory()
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(8)))
 
 
 def test_to_release_compiles_nothing() -> None:

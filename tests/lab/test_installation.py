@@ -48,6 +48,7 @@ def test_states_of_a_kernel(source: Source, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("CXX", "/nonexistent")
     assert "there is no C++ compiler $CXX=/nonexistent" in state()
     assert "PyTorch's own operations serve" in state()
+    assert describe_installation()["kernels"]["compiler"] == "none: there is no C++ compiler $CXX=/nonexistent"
     monkeypatch.setenv("CXX", "true")
     assert state() == "not compiled yet: at its first use, or now with `batchlab build`"
     assert not (tmp_path / "cache").exists()

@@ -108,7 +108,10 @@ def _gpus() -> Facts:
 
 
 def _compiler() -> str:
-    command = find_compiler()
+    try:
+        command = find_compiler()
+    except BuildError as error:
+        return f"none: {error}"
     done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=5, check=False)
     return f"{' '.join(command)} ({(done.stdout.splitlines() or ['says no version'])[0]})"
 
