@@ -15,7 +15,7 @@ from batchlab.kernels.source import Source
 
 pytestmark = pytest.mark.skipif(not kernels.submatrix.available(), reason="no C++ compiler")
 
-TINY = 'extern "C" int answer() { return 42; }\n'
+TINY = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_another_source_or_compiler_flag_is_another_library(source: Source, cach
 def test_a_source_has_its_flags_and_libraries(cache: Path, source: Source) -> None:
     source.path.write_text(
         "#include <cmath>\n#if __cplusplus >= 202002L\n#error as all kernels\n#endif\n"
-        'extern "C" int answer() { return TORCH_TARGET_VERSION != 0; }\n'
+        + TINY.replace("42", "TORCH_TARGET_VERSION != 0")
     )
     with pytest.raises(BuildError, match="as all kernels"):
         build(source)

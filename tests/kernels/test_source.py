@@ -52,7 +52,8 @@ def test_the_compiler_sees_the_same_headers(source: Source) -> None:
     except BuildError as error:
         pytest.skip(str(error))
     command = [*compiler, "-MM", "-march=native", "-std=c++20", *source.flags]
-    command += ["-isystem", str(Path(torch.__file__).parent / "include"), str(source.path)]
+    include = Path(torch.__file__).parent / "include"
+    command += ["-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include"), str(source.path)]
     listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100).stdout
     words = listed.replace("\\\n", " ").split()[1:]
     assert {Path(word).resolve() for word in words} == set(included(source.path))

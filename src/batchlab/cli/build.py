@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 
 from batchlab.kernels import SOURCES
-from batchlab.kernels.build import build, compiled, load
+from batchlab.kernels.build import build, compiled, find_compiler, load
 from batchlab.kernels.source import Source
 
 __all__ = ["Build"]
 
 
-def _build(source: Source, errors: Console) -> str:
-    """How a kernel came to be in the cache, and where it is.
+def _build(source: Source, errors: Console) -> tuple[Path, str]:
+    """A kernel's library, and how it came to be in the cache.
 
     Raises:
-        RuntimeError: it cannot be compiled, or not be loaded.
+        RuntimeError: it cannot be compiled.
         OSError: the cache fails.
     """
+    found = compiled(source)
+    if found is not None:
+        return found, "was there already"
+    find_compiler()  # before anything is said to be compiled
+    errors.print(f"compiling {source.path.name} (up to half a minute) ...", markup=False, highlight=False)
     started = time.perf_counter()
-    there = compiled(source) is not None
-    library = build(
-        source, lambda line: errors.print(line, soft_wrap=True, markup=False, highlight=False), fall_back=False
-    )
-    load(library)  # here, so that what is missing is missed before the first use
-    how = "was there already" if there else f"built in {time.perf_counter() - started:.0f} s"
-    return f"{how}: {library}"
+    library = build(source, announce=lambda _: None, fall_back=False)
+    return library, f"built in {time.perf_counter() - started:.0f} s"
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,18 @@ class Build:
     def execute(self, console: Console, errors: Console) -> int:
         """Print a line for each; 1 if one fails, with the reason, after the others were tried."""
         failed = False
-        for source in SOURCES:
-            try:
-                line = _build(source, errors)
-            except (RuntimeError, OSError) as error:
-                errors.print(f"batchlab: {source.name}: {error}", soft_wrap=True, markup=False, highlight=False)
-                failed = True
-                continue
-            console.print(f"{source.name:<12} {line}", soft_wrap=True, markup=False, highlight=False)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compilers are processes of their own
+            waiting = [(source, pool.submit(_build, source, errors)) for source in SOURCES]
+            for source, result in waiting:
+                try:
+                    library, how = result.result()
+                    load(library)  # so that what is missing is missed now
+                except (RuntimeError, OSError) as error:
+                    errors.print(f"batchlab: {source.name}: {error}", soft_wrap=True, markup=False, highlight=False)
+                    failed = True
+                    continue
+                line = f"{source.name:<{max(len(other.name) for other in SOURCES)}}  {how}: {library}"
+                console.print(line, soft_wrap=True, markup=False, highlight=False)
         if failed:
             errors.print("Without them PyTorch's own operations serve: right, but slower.", soft_wrap=True)
         return int(failed)

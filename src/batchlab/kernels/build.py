@@ -187,7 +187,8 @@ def _compile(source: Source, compiler: list[str], folder: Path, key: str, announ
     announce(f"compiling {source.path.name}, once (up to half a minute) ...")
     with tempfile.TemporaryDirectory(prefix="batchlab-") as work:
         built = Path(work) / f"{key}.so"
-        command = [*compiler, *FLAGS, *source.flags, f"-I{torch_folder / 'include'}", str(source.path)]
+        includes = [torch_folder / "include", torch_folder / "include" / "torch" / "csrc" / "api" / "include"]
+        command = [*compiler, *FLAGS, *source.flags, *(f"-I{place}" for place in includes), str(source.path)]
         command += ["-o", str(built), f"-L{torch_folder / 'lib'}", *(f"-l{name}" for name in source.libraries)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
