@@ -4,16 +4,18 @@ import ctypes
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from batchlab import kernels
-from batchlab.kernels.build import BuildError, build, cache_folder
+from batchlab.kernels.build import BuildError, build, cache_folder, compiled, writable
+from batchlab.kernels.source import Source
 
 pytestmark = pytest.mark.skipif(not kernels.submatrix.available(), reason="no C++ compiler")
 
-TINY = 'extern "C" int answer() { return 42; }\n'
+TINY = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
 
 
 @pytest.fixture
@@ -24,10 +26,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
+def source(tmp_path: Path) -> Source:
     path = tmp_path / "tiny.cpp"
     path.write_text(TINY)
-    return path
+    return Source(path)
 
 
 def answer(library: Path) -> int:
@@ -50,7 +52,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == Path.home() / ".cache" / "batchlab" / "kernels"
 
 
-def test_compiles_once(cache: Path, source: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_compiles_once(cache: Path, source: Source, capfd: pytest.CaptureFixture[str]) -> None:
     library = build(source)
     assert library.parent == cache
     assert answer(library) == 42
@@ -62,17 +64,69 @@ def test_compiles_once(cache: Path, source: Path, capfd: pytest.CaptureFixture[s
     assert [path.name for path in cache.iterdir()] == [library.name]  # nothing partial is left
 
 
-def test_another_source_or_compiler_flag_is_another_library(source: Path, cache: Path) -> None:
+def test_another_source_or_compiler_flag_is_another_library(source: Source, cache: Path) -> None:
     first = build(source)
-    source.write_text(TINY.replace("42", "43"))
-    second = build(source)
-    assert first != second
-    assert first.parent == second.parent == cache
-    assert answer(second) == 43
+    source.path.write_text(TINY.replace("42", "ANSWER"))
+    other = Source(source.path, flags=("-DANSWER=43",))
+    second = build(other)
+    third = build(replace(other, flags=("-DANSWER=44",)))
+    assert len({first, second, third}) == 3
+    assert first.parent == second.parent == third.parent == cache
+    assert (answer(second), answer(third)) == (43, 44)
+    assert compiled(other) == second
+
+
+def test_a_source_has_its_flags_and_libraries(cache: Path, source: Source) -> None:
+    source.path.write_text(
+        "#include <cmath>\n#if __cplusplus >= 202002L\n#error as all kernels\n#endif\n"
+        + TINY.replace("42", "TORCH_TARGET_VERSION != 0")
+    )
+    with pytest.raises(BuildError, match="as all kernels"):
+        build(source)
+    assert answer(build(replace(source, flags=(*source.flags, "-std=c++17")))) == 1
+    with pytest.raises(BuildError, match="no-such-library"):
+        build(replace(source, flags=(*source.flags, "-std=c++17"), libraries=("no-such-library",)))
+
+
+def test_what_is_in_the_cache_is_found_and_nothing_is_compiled_to_find_it(cache: Path, source: Source) -> None:
+    assert compiled(source) is None
+    assert not cache.exists()
+    library = build(source)
+    assert compiled(source) == library
+    library.unlink()
+    library.write_bytes(b"")
+    assert compiled(source) is None
+
+
+def test_lines_go_to_who_asks(cache: Path, source: Source, capfd: pytest.CaptureFixture[str]) -> None:
+    lines: list[str] = []
+    build(source, lines.append)
+    assert [line.split()[0] for line in lines] == ["compiling", "compiled"]
+    build(source, lines.append)
+    assert len(lines) == 2
+    assert capfd.readouterr().err == ""
+
+
+def test_whether_a_folder_can_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert writable(tmp_path)
+    assert writable(tmp_path / "a" / "b")
+    assert not writable(tmp_path / "file")
+    assert not writable(tmp_path / "file" / "below")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_without_falling_back_an_unusable_folder_is_an_error(
+    tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BATCHLAB_KERNELS", str(tmp_path / "file"))
+    with pytest.raises(BuildError, match=r"file cannot be written to: set BATCHLAB_KERNELS"):
+        build(source, fall_back=False)
 
 
 @pytest.mark.parametrize("size", [0, 10, 5000, -1], ids=["empty", "header", "half", "changed"])
-def test_a_damaged_library_is_built_again(cache: Path, source: Path, size: int) -> None:
+def test_a_damaged_library_is_built_again(cache: Path, source: Source, size: int) -> None:
     library = build(source)
     whole = library.read_bytes()
     damaged = whole[:size] if size >= 0 else whole[:-1] + bytes([whole[-1] ^ 1])
@@ -84,8 +138,12 @@ def test_a_damaged_library_is_built_again(cache: Path, source: Path, size: int) 
     assert len(list(cache.glob("*.so"))) == 1
 
 
-def test_two_processes_at_once(cache: Path, source: Path) -> None:
-    code = f"from pathlib import Path; from batchlab.kernels.build import build; print(build(Path({str(source)!r})))"
+def test_two_processes_at_once(cache: Path, source: Source) -> None:
+    code = (
+        "from pathlib import Path\nfrom batchlab.kernels.build import build\n"
+        "from batchlab.kernels.source import Source\n"
+        f"print(build(Source(Path({str(source.path)!r}))))"
+    )
     started = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
@@ -100,7 +158,7 @@ def test_two_processes_at_once(cache: Path, source: Path) -> None:
         assert sum("compiling" in err for _, err in outputs) == 1  # the other one waited
 
 
-def test_an_unusable_folder_is_replaced(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_folder_is_replaced(tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("BATCHLAB_KERNELS", str(tmp_path / "file" / "below"))
     library = build(source)
@@ -111,7 +169,7 @@ def test_an_unusable_folder_is_replaced(tmp_path: Path, source: Path, monkeypatc
 
 
 def test_a_folder_that_cannot_be_written_to_is_replaced(
-    cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache.mkdir()
     access = os.access  # root may write everywhere
@@ -123,15 +181,15 @@ def test_a_folder_that_cannot_be_written_to_is_replaced(
     library.parent.rmdir()
 
 
-def test_what_the_compiler_says_is_in_the_error(cache: Path, source: Path) -> None:
-    source.write_text("int f() { return misspelled; }")
+def test_what_the_compiler_says_is_in_the_error(cache: Path, source: Source) -> None:
+    source.path.write_text("int f() { return misspelled; }")
     with pytest.raises(BuildError, match=r"did not compile tiny.cpp:(.|\n)*misspelled"):
         build(source)
     assert not list(cache.iterdir())
 
 
-def test_a_compiler_that_only_fails(cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = source.parent / "compiler"
+def test_a_compiler_that_only_fails(cache: Path, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = source.path.parent / "compiler"
     script.write_text("#!/bin/sh\necho licence expired >&2\nexit 3\n")
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
@@ -139,13 +197,15 @@ def test_a_compiler_that_only_fails(cache: Path, source: Path, monkeypatch: pyte
         build(source)
 
 
-def test_the_compiler_may_have_arguments(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiler_may_have_arguments(source: Source, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "env c++")
     assert answer(build(source)) == 42
     assert list(cache.iterdir())
 
 
-def test_no_other_compiler_replaces_the_chosen_one(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_other_compiler_replaces_the_chosen_one(
+    source: Source, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CXX", "/nonexistent")
     with pytest.raises(BuildError, match=r"there is no C\+\+ compiler \$CXX=/nonexistent"):
         build(source)

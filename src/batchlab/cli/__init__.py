@@ -1,4 +1,7 @@
-"""The command line: `studies`, `study NAME`, `report DIR`, `compare DIR AGAIN`, `bench NAME`; a thin module each."""
+"""The command line: `studies`, `study NAME`, `report DIR`, `compare DIR AGAIN`, `bench NAME`, `build`, `info`.
+
+A thin module each.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = parse(words).execute(Console(), errors)
         return code
     except KeyboardInterrupt:
-        if words[:1] == ["bench"]:
+        if words[:1] in (["bench"], ["info"]):
             errors.print("\nStopped.")
             return 130
         errors.print("\nStopped. Everything done so far is kept; the same command goes on from there:")

@@ -27,7 +27,7 @@ def serves(x: Tensor, residual: Tensor | None) -> bool:
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch._C._are_functorch_transforms_active()
         and not torch.compiler.is_exporting()  # who loads the model may not have the kernel
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and kernel.available()
     )
 

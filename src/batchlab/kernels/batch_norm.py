@@ -17,7 +17,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from batchlab.kernels.build import GLUE, build
+from batchlab.kernels.batch_norm_fake import describe_results
+from batchlab.kernels.build import build, load
+from batchlab.kernels.source import Source
 
 __all__ = [
     "ACTIVATIONS",
@@ -34,8 +36,8 @@ __all__ = [
 
 DTYPES: Final = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 ACTIVATIONS: Final[dict[str | None, int]] = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "sigmoid": 4}
-SOURCE: Final = Path(__file__).with_name("batch_norm.cpp")
-AUTOGRAD: Final = Path(__file__).with_name("batch_norm_autograd.cpp")
+SOURCE: Final = Source(Path(__file__).with_name("batch_norm.cpp"))
+AUTOGRAD: Final = Source(Path(__file__).with_name("batch_norm_autograd.cpp"), flags=("-O2",))
 
 LIBRARY: Final = torch.library.Library("batchlab_batch_norm", "FRAGMENT")
 LIBRARY.define(
@@ -49,9 +51,9 @@ LIBRARY.define(
 def _load() -> bool:
     try:
         with ThreadPoolExecutor() as pool:  # the compiler is another process; two of them, where there are two cores
-            libraries = list(pool.map(build, (SOURCE, AUTOGRAD), ((), GLUE)))
+            libraries = list(pool.map(build, (SOURCE, AUTOGRAD)))
         for library in libraries:
-            torch.ops.load_library(str(library))
+            load(library)
     except (RuntimeError, OSError) as error:
         warnings.warn(
             f"batchlab: {error}. Batch norm takes PyTorch's own operations instead: right, but slower. Install a C++ "
@@ -60,7 +62,7 @@ def _load() -> bool:
             stacklevel=3,
         )
         return False
-    _describe_results()
+    describe_results()
     return True
 
 
@@ -72,46 +74,6 @@ def available() -> bool:
 # torch.compile is to call it and not to look into it: `torch.compiler.assume_constant_result`, whose import of the
 # compiler would take a second of everybody's.
 available._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _describe_results() -> None:
-    """Shapes, dtypes and strides of what the operations return, for compilers: nothing is computed."""
-
-    @torch.library.register_fake("batchlab_batch_norm::forward_")
-    def fake_forward(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(x), _of_channels(x, 6)
-
-    @torch.library.register_fake("batchlab_batch_norm::evaluate")
-    def fake_evaluate(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(x), _of_channels(x, 6)
-
-    @torch.library.register_fake("batchlab_batch_norm::moments")
-    def fake_moments(x: Tensor) -> Tensor:
-        return x.new_empty((2, x.shape[1]), dtype=torch.float64)
-
-    @torch.library.register_fake("batchlab_batch_norm::gradient_sums")
-    def fake_gradient_sums(_gradient: Tensor, x: Tensor, *_: object) -> Tensor:
-        return x.new_empty((2, x.shape[1]), dtype=torch.float64)
-
-    @torch.library.register_fake("batchlab_batch_norm::backward")
-    def fake_backward(
-        gradient: Tensor,
-        x: Tensor,
-        output: Tensor | None,
-        residual: Tensor | None,
-        saved: Tensor,
-        sums: Tensor | None,
-        count: float,
-        activation: int,
-        residual_needed: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        of_residual = torch.empty_like(x) if residual_needed and activation else saved.new_empty(0)
-        return torch.empty_like(x), of_residual, *_of_channels(x, 2).unbind()
-
-
-def _of_channels(x: Tensor, rows: int) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty((rows, x.shape[1]), dtype=dtype)
 
 
 def is_dense(x: Tensor) -> bool:
@@ -214,4 +176,6 @@ def backward(
 
 def release_memory() -> int:
     """Give the memory that waits for the next results back to the system; returns its bytes."""
-    return int(torch.ops.batchlab_batch_norm.release_memory.default()) if available() else 0
+    if not hasattr(torch.ops.batchlab_batch_norm, "release_memory"):
+        return 0  # not in use yet: nothing waits, and nothing is compiled to say so
+    return int(torch.ops.batchlab_batch_norm.release_memory.default())

@@ -1,4 +1,4 @@
-"""Compile a kernel at its first use, keep it in the user's cache, and say why where that cannot be done."""
+"""Compile a kernel at its first use or ahead of it, keep it in the user's cache, and say why where that cannot be."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -19,22 +19,12 @@ from typing import Final
 
 import torch
 
-__all__ = ["BuildError", "build", "cache_folder"]
+from batchlab.kernels.source import Source, included
 
-FLAGS: Final = (
-    "-O3",
-    "-march=native",
-    "-std=c++20",
-    "-Wno-psabi",
-    "-fPIC",
-    "-shared",
-    "-fvisibility=hidden",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",
-)
-"""The last one: torch's stable interface as of 2.11, so that a build serves later versions of torch too."""
+__all__ = ["BuildError", "build", "cache_folder", "compiled", "find_compiler", "load", "writable"]
 
-GLUE: Final = ("-O2", "-UTORCH_TARGET_VERSION")
-"""Of a source that computes nothing itself, and needs more than the stable interface."""
+FLAGS: Final = ("-O3", "-march=native", "-std=c++20", "-Wno-psabi", "-fPIC", "-shared", "-fvisibility=hidden")
+"""Those of all kernels; hidden, so that two versions of one in a process do not take each other's functions."""
 
 TIMEOUT: Final = 300.0
 
@@ -61,7 +51,12 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _compiler() -> list[str]:
+def find_compiler() -> list[str]:
+    """The command that compiles C++: $CXX, or the first of c++, g++ and clang++ that is there.
+
+    Raises:
+        BuildError: there is none, or not the one that is asked for.
+    """
     chosen = shlex.split(os.environ.get("CXX", ""))  # with arguments, perhaps: "ccache g++"
     if chosen:
         if shutil.which(chosen[0]) is None:
@@ -87,50 +82,85 @@ def _intact(folder: Path, key: str) -> Path | None:
         return None
 
 
-def _writable(folder: Path) -> Path:
-    """The folder, or a private one for this process where it cannot be written to."""
+def writable(folder: Path) -> bool:
+    """Whether a file can be made in a folder, which need not be there yet; nothing is made to find out."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="batchlab-"))
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="batchlab-"))
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    except (OSError, StopIteration):
+        return False
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
-def build(source: Path, flags: tuple[str, ...] = ()) -> Path:
+def _folder(fall_back: bool) -> Path:
+    """The cache, or a private folder for this process where it cannot be written to."""
+    folder = cache_folder()
+    if writable(folder):
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
+    if not fall_back:
+        raise BuildError(f"{folder} cannot be written to: set BATCHLAB_KERNELS to a folder that can")
+    return Path(tempfile.mkdtemp(prefix="batchlab-"))
+
+
+def _key(source: Source) -> str:
+    """The name in the cache: another one for other text, flags, torch or processor."""
+    facts = [
+        *(path.read_bytes() for path in included(source.path)),
+        torch.__version__.encode(),
+        " ".join([*FLAGS, *source.flags, *source.libraries]).encode(),
+        _processor().encode(),
+        sys.platform.encode(),
+    ]
+    digest = hashlib.sha256(b"\0".join(facts)).hexdigest()
+    return f"{source.name}-{digest[:16]}"
+
+
+def compiled(source: Source) -> Path | None:
+    """The library of a source as it is now, for this machine, if the cache has it; compiles nothing."""
+    return _intact(cache_folder(), _key(source))
+
+
+def _say(line: str) -> None:
+    print(f"batchlab: {line}", file=sys.stderr, flush=True)
+
+
+def build(source: Source, announce: Callable[[str], None] = _say, fall_back: bool = True) -> Path:
     """Return the compiled library of a C++ source, compiling it if the cache has none for this machine.
 
     The result appears in the cache under its final name at once. Of processes that start together one compiles, and the
     others wait for it. The name has a checksum of the contents: what a killed build or a full disk leaves, a later one
     replaces.
 
+    Args:
+        source: what to compile.
+        announce: called with a line before the compilation, and with one after it.
+        fall_back: where the cache cannot be written to, compile for this process alone; else that is an error.
+
     Raises:
         BuildError: no compiler, or it failed; with its first lines of output.
     """
-    # Its headers lie beside it; which of them it includes is not looked up.
-    text = b"\0".join(path.read_bytes() for path in [source, *sorted(source.parent.glob("*.hpp"))])
-    key = (
-        source.stem
-        + "-"
-        + hashlib.sha256(
-            b"\0".join(
-                [
-                    text,
-                    torch.__version__.encode(),
-                    " ".join(FLAGS + flags).encode(),
-                    _processor().encode(),
-                    sys.platform.encode(),
-                ]
-            )
-        ).hexdigest()[:16]
-    )
+    key = _key(source)
     found = _intact(cache_folder(), key)
     if found is not None:
         return found
-    compiler = _compiler()
-    folder = _writable(cache_folder())
+    compiler = find_compiler()
+    folder = _folder(fall_back)
     # Workers that start together would all compile; one does, and the others find its library.
     with _alone(folder, key):
-        return _intact(folder, key) or _compile(source, [*compiler, *FLAGS, *flags], folder, key)
+        return _intact(folder, key) or _compile(source, compiler, folder, key, announce)
+
+
+def load(library: Path) -> None:
+    """Make the operators of a compiled library known to torch.
+
+    Raises:
+        BuildError: it cannot be loaded; with what the system says.
+    """
+    try:
+        torch.ops.load_library(str(library))
+    except (RuntimeError, OSError) as error:
+        raise BuildError(f"{library} cannot be loaded: {error.__cause__ or error}") from error
 
 
 @contextmanager
@@ -151,21 +181,21 @@ def _alone(folder: Path, key: str) -> Iterator[None]:
             path.unlink(missing_ok=True)  # who waits has it open; who comes later finds the library
 
 
-def _compile(source: Path, compiler: list[str], folder: Path, key: str) -> Path:
+def _compile(source: Source, compiler: list[str], folder: Path, key: str, announce: Callable[[str], None]) -> Path:
     torch_folder = Path(torch.__file__).parent
     started = time.perf_counter()
-    print(f"batchlab: compiling {source.name}, once (up to half a minute) ...", file=sys.stderr, flush=True)
+    announce(f"compiling {source.path.name}, once (up to half a minute) ...")
     with tempfile.TemporaryDirectory(prefix="batchlab-") as work:
         built = Path(work) / f"{key}.so"
-        includes = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include"]
-        command = [*compiler, *(f"-I{folder}" for folder in includes), str(source), "-o", str(built)]
-        command += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+        includes = [torch_folder / "include", torch_folder / "include" / "torch" / "csrc" / "api" / "include"]
+        command = [*compiler, *FLAGS, *source.flags, *(f"-I{place}" for place in includes), str(source.path)]
+        command += ["-o", str(built), f"-L{torch_folder / 'lib'}", *(f"-l{name}" for name in source.libraries)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise BuildError(f"{compiler[0]} did not compile {source.name}: {error}") from error
+            raise BuildError(f"{compiler[0]} did not compile {source.path.name}: {error}") from error
         if done.returncode != 0:
-            raise BuildError(f"{compiler[0]} did not compile {source.name}: {done.stderr.strip()[:600]}")
+            raise BuildError(f"{compiler[0]} did not compile {source.path.name}: {done.stderr.strip()[:600]}")
         target = folder / f"{key}-{_digest(built)}.so"
         handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
         os.close(handle)
@@ -175,7 +205,7 @@ def _compile(source: Path, compiler: list[str], folder: Path, key: str) -> Path:
             Path(partial).replace(target)
         except OSError as error:
             Path(partial).unlink(missing_ok=True)
-            raise BuildError(f"{folder} cannot hold the compiled {source.name}: {error}") from error
+            raise BuildError(f"{folder} cannot hold the compiled {source.path.name}: {error}") from error
     seconds = time.perf_counter() - started
-    print(f"batchlab: compiled {source.name} in {seconds:.0f} s, kept in {folder}", file=sys.stderr, flush=True)
+    announce(f"compiled {source.path.name} in {seconds:.0f} s, kept in {folder}")
     return target

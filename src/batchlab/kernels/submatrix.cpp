@@ -12,9 +12,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <map>
-#include <mutex>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -23,8 +20,11 @@
 #include <immintrin.h>
 #endif
 
+#include "memory.hpp"
+
 namespace {
 
+using batchlab::WaitingMemory;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -86,85 +86,17 @@ struct Row {
   }
 };
 
-// Blocks and their gradients are as large as layers. Memory of that size comes from the operating system page by page
-// and goes back after each step, which costs about as much as the work done in it; so freed pieces wait here for the
-// next batch. Sizes are rounded up by at most an eighth, so that patterns of changing size meet their piece again.
-class Memory {
- public:
-  static Memory& instance() {
-    static Memory* memory = new Memory;  // never destroyed: tensors may outlive every static object
-    return *memory;
+// A contiguous tensor of the dtype of `like`. Blocks and their gradients are as large as layers, and each batch has
+// them anew.
+Tensor empty(const std::vector<int64_t>& shape, const Tensor& like) {
+  int64_t count = 1;
+  std::vector<int64_t> strides(shape.size());
+  for (size_t d = shape.size(); d-- > 0;) {
+    strides[d] = count;
+    count *= shape[d];
   }
-
-  Tensor empty(const std::vector<int64_t>& shape, const Tensor& like) {
-    int64_t count = 1;
-    std::vector<int64_t> strides(shape.size());
-    for (size_t d = shape.size(); d-- > 0;) {
-      strides[d] = count;
-      count *= shape[d];
-    }
-    const int64_t element = like.scalar_type() == ScalarType::Double ? 8 : 4;
-    const int64_t bytes = rounded(count * element);
-    void* data = take(bytes);
-    return torch::stable::from_blob(data, shape, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                    like.scalar_type(), [this, bytes](void* freed) { give(freed, bytes); });
-  }
-
-  int64_t release() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return release_all();
-  }
-
- private:
-  static int64_t rounded(int64_t bytes) {
-    int64_t step = 64;
-    while (step * 16 < bytes) step *= 2;
-    return (bytes + step - 1) / step * step + (bytes == 0 ? 64 : 0);
-  }
-
-  int64_t release_all() {
-    const int64_t released = waiting_;
-    for (auto& [bytes, pieces] : pieces_)
-      for (void* piece : pieces) std::free(piece);
-    pieces_.clear();
-    waiting_ = 0;
-    return released;
-  }
-
-  void* take(int64_t bytes) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      auto& pieces = pieces_[bytes];
-      if (!pieces.empty()) {
-        void* piece = pieces.back();
-        pieces.pop_back();
-        waiting_ -= bytes;
-        return piece;
-      }
-    }
-    void* piece = std::aligned_alloc(64, bytes);
-    STD_TORCH_CHECK(piece != nullptr, "out of memory: ", bytes, " bytes for a block of kept rows and columns");
-    return piece;
-  }
-
-  void give(void* piece, int64_t bytes) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (waiting_ + bytes > kMostBytes) release_all();  // sizes that nobody asks for any more
-    auto& pieces = pieces_[bytes];
-    if (pieces.size() >= kMostPieces || bytes > kMostBytes) {
-      std::free(piece);
-    } else {
-      pieces.push_back(piece);
-      waiting_ += bytes;
-    }
-  }
-
-  static constexpr size_t kMostPieces = 8;
-  static constexpr int64_t kMostBytes = int64_t{1} << 30;
-  std::mutex mutex_;
-  std::map<int64_t, std::vector<void*>> pieces_;
-  int64_t waiting_ = 0;
-};
+  return WaitingMemory::instance().empty(shape, strides, count * like.element_size(), like.scalar_type());
+}
 
 struct Momentum {
   double rate, momentum, decay;
@@ -308,7 +240,7 @@ Tensor gather(const Tensor& weight, const std::optional<Tensor>& rows, const std
   const Row row(kept_columns, shape.inner);
   std::vector<int64_t> sizes{kept.size, kept_columns.size};
   for (int64_t d = 2; d < weight.dim(); ++d) sizes.push_back(weight.size(d));
-  Tensor block = Memory::instance().empty(sizes, weight);
+  Tensor block = empty(sizes, weight);
   dispatch(weight, [&](auto zero) {
     using T = decltype(zero);
     gather_rows<T>(row, kept, 0, kept.size, static_cast<const T*>(weight.const_data_ptr()),
@@ -323,7 +255,7 @@ Tensor scatter(const Tensor& block, const std::optional<Tensor>& rows, const std
   const Row row(Kept(columns, column_count), inner);
   STD_TORCH_CHECK(block.is_contiguous() && block.numel() == kept.size * row.size,
                   "the block is contiguous, with ", kept.size * row.size, " elements; got ", block.numel());
-  Tensor full = Memory::instance().empty({row_count, column_count, inner}, block);
+  Tensor full = empty({row_count, column_count, inner}, block);
   std::vector<int64_t> block_row(row_count, -1);
   for (int64_t i = 0; i < kept.size; ++i) block_row[kept[i]] = i;
   dispatch(block, [&](auto zero) {
@@ -374,7 +306,7 @@ void step_factors(const Tensor& weight, const std::optional<Tensor>& velocity, c
   dispatch(weight, [&](auto zero) {
     using T = decltype(zero);
     const int64_t tile = tile_rows(row.size * sizeof(T));
-    const Tensor buffer = Memory::instance().empty({std::min(tile, kept.size), row.size}, weight);
+    const Tensor buffer = empty({std::min(tile, kept.size), row.size}, weight);
     T* w = static_cast<T*>(weight.mutable_data_ptr());
     T* v = velocity ? static_cast<T*>(velocity->mutable_data_ptr()) : nullptr;
     const T* g = static_cast<const T*>(buffer.const_data_ptr());
@@ -438,7 +370,7 @@ Tensor add_product(const Tensor& y, const Tensor& input, const Tensor& weight, c
   const int64_t batch = input.size(0), width = row.size, element = weight.scalar_type() == ScalarType::Double ? 8 : 4;
   const int64_t tile =
       block_needed ? kept.size : std::min(kept.size, std::max<int64_t>(256, tile_rows(width * element)));
-  const Tensor memory = Memory::instance().empty({block_needed ? kept.size : tile, width}, weight);
+  const Tensor memory = empty({block_needed ? kept.size : tile, width}, weight);
   for (int64_t begin = 0; begin < kept.size; begin += tile) {
     const int64_t count = std::min(tile, kept.size - begin);
     dispatch(weight, [&](auto zero) {
@@ -451,7 +383,7 @@ Tensor add_product(const Tensor& y, const Tensor& input, const Tensor& weight, c
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_cpu_addmm_out(part.get(), part.get(), input.get(), transposed.get(), beta, scale));
   }
-  return block_needed ? memory : Memory::instance().empty({0, width}, weight);
+  return block_needed ? memory : empty({0, width}, weight);
 }
 
 // y = relu(scale x block^T + bias[rows]), and the block = weight[rows][:, columns] for the way back, without rows if it
@@ -465,7 +397,7 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& input, const Tensor& wei
   STD_TORCH_CHECK(input.dim() == 2 && input.size(1) == kept_columns.size && shape.inner == 1, "the input has ",
                   input.size(1), " features, and the linear layer takes ", kept_columns.size, " of ", shape.columns);
   if (bias) check_block(*bias, weight, weight.size(0));
-  Tensor y = Memory::instance().empty({batch, count}, weight);
+  Tensor y = empty({batch, count}, weight);
   dispatch(weight, [&](auto zero) {
     using T = decltype(zero);
     T* out = static_cast<T*>(y.mutable_data_ptr());
@@ -501,13 +433,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(const Tensor& gradien
                                                            const Tensor& block, const std::optional<Tensor>& output,
                                                            double scale, bool input_needed, bool block_needed,
                                                            bool bias_needed) {
-  Memory& memory = Memory::instance();
   const int64_t batch = gradient.size(0), count = gradient.size(1), width = block.size(1);
   STD_TORCH_CHECK(gradient.is_contiguous() && gradient.scalar_type() == block.scalar_type(),
                   "the gradient is contiguous, of the weight's dtype");
   Tensor g = gradient;
-  Tensor bias_gradient = memory.empty({bias_needed ? count : 0}, block);
-  if (output) g = memory.empty({batch, count}, block);
+  Tensor bias_gradient = empty({bias_needed ? count : 0}, block);
+  if (output) g = empty({batch, count}, block);
   dispatch(block, [&](auto zero) {
     using T = decltype(zero);
     const T* given = static_cast<const T*>(gradient.const_data_ptr());
@@ -527,14 +458,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(const Tensor& gradien
     }
     std::copy(sum.begin(), sum.end(), static_cast<T*>(bias_gradient.mutable_data_ptr()));
   });
-  Tensor input_gradient = memory.empty({input_needed ? batch : 0, width}, block);
+  Tensor input_gradient = empty({input_needed ? batch : 0, width}, block);
   if (input_needed) product(input_gradient, g, block, scale);
-  Tensor block_gradient = memory.empty({block_needed ? count : 0, width}, block);
+  Tensor block_gradient = empty({block_needed ? count : 0, width}, block);
   if (block_needed) product(block_gradient, strided(g, {count, batch}, {1, count}, 0), input, scale);
   return {input_gradient, block_gradient, bias_gradient, g};
 }
 
-int64_t release_memory() { return Memory::instance().release(); }
+int64_t release_memory() { return WaitingMemory::instance().release(); }
 
 // The first `count` entries of a permutation, sorted.
 Tensor sorted_first(const Tensor& order, int64_t count) {

@@ -17,7 +17,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from batchlab.kernels.build import build
+from batchlab.kernels.build import build, load
+from batchlab.kernels.source import Source
 
 __all__ = [
     "available",
@@ -33,14 +34,14 @@ __all__ = [
 ]
 
 DTYPES: Final = frozenset({torch.float32, torch.float64})
-SOURCE: Final = Path(__file__).with_name("submatrix.cpp")
+SOURCE: Final = Source(Path(__file__).with_name("submatrix.cpp"))
 
 
 @cache
 def available() -> bool:
     """Whether the compiled kernels are loaded; tries to build them once, and warns once if that fails."""
     try:
-        torch.ops.load_library(str(build(SOURCE)))
+        load(build(SOURCE))
     except (RuntimeError, OSError) as error:
         warnings.warn(
             f"batchlab: {error}. Submatrices take PyTorch's own operations instead: right, but slower. Install a C++ "
@@ -105,7 +106,9 @@ def linear_backward(
 
 def release_memory() -> int:
     """Give the memory that waits for the next batch's blocks back to the system; returns its bytes."""
-    return int(torch.ops.batchlab_submatrix.release_memory.default()) if available() else 0
+    if not hasattr(torch.ops.batchlab_submatrix, "release_memory"):
+        return 0  # not in use yet: nothing waits, and nothing is compiled to say so
+    return int(torch.ops.batchlab_submatrix.release_memory.default())
 
 
 def momentum_step(

@@ -17,7 +17,7 @@ import pytest
 import requests
 import torch
 
-from batchlab.lab.data import catalog, download, load_dataset
+from batchlab.lab.data import catalog, download, load_dataset, locate_dataset
 from batchlab.lab.data.catalog import FASHION, FILE_NAMES, MNIST, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS
 
 DATA = os.environ.get("BATCHLAB_DATA", "")
@@ -85,18 +85,40 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
 
 
 def test_each_place_comes_before_the_next(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load_dataset("mnist").source == "embedded"
+    assert load_dataset("mnist").source == locate_dataset("mnist")[0] == "embedded"
     write_files(places.system, places.mnist)
     assert load_dataset("mnist").source == "system"
+    assert locate_dataset("mnist") == ("system", places.system)
     write_files(places.cache, places.mnist)
     assert load_dataset("mnist").source == "cache"
-    monkeypatch.setenv("BATCHLAB_DATA", str(write_files(places.data, places.mnist)))
+    assert locate_dataset("mnist") == ("cache", places.cache)
+    monkeypatch.setenv("BATCHLAB_DATA", str(write_files(places.data / "mnist", places.mnist).parent))
     assert load_dataset("mnist").source == "folder"
+    assert locate_dataset("mnist") == ("folder", places.data / "mnist")
     # The argument is the only place looked in: an empty folder is an error although the variable has the files.
     (places.root / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty"):
         load_dataset("mnist", places.root / "empty")
     assert load_dataset("mnist", places.data).source == "folder"
+
+
+def test_to_locate_finds_the_same_faults_and_downloads_nothing(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match="BATCHLAB_OFFLINE"):
+        locate_dataset("fashion")
+    monkeypatch.setenv("BATCHLAB_OFFLINE", "0")
+    monkeypatch.setattr(download, "download_files", pytest.fail)
+    assert locate_dataset("mnist") == ("download", places.cache)
+    write_files(places.cache, places.mnist)
+    (places.cache / f"{TEST_LABELS}.gz").unlink()  # an interrupted download goes on
+    assert locate_dataset("mnist") == ("download", places.cache)
+    monkeypatch.setenv("BATCHLAB_DATA", str(places.cache))
+    for act in (locate_dataset, load_dataset):
+        with pytest.raises(FileNotFoundError, match=f"missing: {TEST_LABELS}"):
+            act("mnist")
+    monkeypatch.setenv("BATCHLAB_DATA", str(places.root / "nowhere"))
+    for act in (locate_dataset, load_dataset):
+        with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+            act("mnist")
 
 
 def test_what_is_loaded_is_what_the_files_say(places: Places) -> None:

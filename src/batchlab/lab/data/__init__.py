@@ -3,7 +3,7 @@
 from batchlab.lab.data.catalog import CATALOG, Dataset
 from batchlab.lab.data.embedded import load_embedded
 from batchlab.lab.data.idx import read_idx
-from batchlab.lab.data.sources import load_dataset
+from batchlab.lab.data.sources import load_dataset, locate_dataset
 from batchlab.lab.data.split import hold_out
 
-__all__ = ["CATALOG", "Dataset", "hold_out", "load_dataset", "load_embedded", "read_idx"]
+__all__ = ["CATALOG", "Dataset", "hold_out", "load_dataset", "load_embedded", "locate_dataset", "read_idx"]

@@ -88,6 +88,17 @@ def read_verified(path: Path, name: str, entry: CatalogEntry, advice: str) -> Id
     return content
 
 
+def check_complete(files: dict[str, Path], entry: CatalogEntry) -> None:
+    """Raise FileNotFoundError unless all four files of a data set were found."""
+    missing = [name for name in FILE_NAMES if name not in files]
+    if missing:
+        folder = next((path.parent for path in files.values()), "the folder")
+        raise FileNotFoundError(
+            f"{folder}: expected the four files of {entry.title}, found {len(files)}; "
+            f"missing: {', '.join(missing)} (each plain or .gz): add them"
+        )
+
+
 def read_dataset(files: dict[str, Path], entry: CatalogEntry, source: Source, advice: str) -> Dataset:
     """Read and verify the four files of a data set; nothing is returned unless all of them are right.
 
@@ -101,13 +112,7 @@ def read_dataset(files: dict[str, Path], entry: CatalogEntry, source: Source, ad
         FileNotFoundError: Some of the files are missing.
         ValueError: A file is damaged or another one, or images and labels do not belong together.
     """
-    missing = [name for name in FILE_NAMES if name not in files]
-    if missing:
-        folder = next((path.parent for path in files.values()), "the folder")
-        raise FileNotFoundError(
-            f"{folder}: expected the four files of {entry.title}, found {len(files)}; "
-            f"missing: {', '.join(missing)} (each plain or .gz): add them"
-        )
+    check_complete(files, entry)
     contents = {name: read_verified(files[name], name, entry, advice) for name in FILE_NAMES}
     for images, labels in ((TRAIN_IMAGES, TRAIN_LABELS), (TEST_IMAGES, TEST_LABELS)):
         _check_pair(files[images], contents[images].array, files[labels], contents[labels].array)

@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from batchlab.lab.data.catalog import CatalogEntry, Dataset, find_entry
+from batchlab.lab.data.catalog import CatalogEntry, Dataset, Source, find_entry
 from batchlab.lab.data.embedded import load_embedded
-from batchlab.lab.data.folders import expand_folder, find_files, read_dataset, search_folders
+from batchlab.lab.data.folders import check_complete, expand_folder, find_files, read_dataset, search_folders
 
 FOLDER_VARIABLE = "BATCHLAB_DATA"
 OFFLINE_VARIABLE = "BATCHLAB_OFFLINE"
@@ -63,6 +63,47 @@ def load_dataset(
     )
 
 
+def locate_dataset(name: str) -> tuple[Source, Path]:
+    """Say where `load_dataset` would take a data set from, without reading or downloading it.
+
+    Returns:
+        The kind of place, and the folder: for "download" the one that it would go to.
+
+    Raises:
+        FileNotFoundError: It would be nowhere, or a folder lacks some of its files.
+        ValueError: The name is unknown.
+
+    Example:
+        >>> kind, folder = locate_dataset("mnist")
+        >>> kind in ("folder", "cache", "system", "download", "embedded")
+        True
+    """
+    entry = find_entry(name)
+    places: list[tuple[Source, dict[str, Path]]] = []
+    variable = os.environ.get(FOLDER_VARIABLE, "")
+    if variable:
+        places.append(("folder", _search_folder(entry, Path(variable).expanduser(), FOLDER_VARIABLE)))
+    from batchlab.lab.data.download import locate_cache
+
+    cached = find_files(locate_cache(name))
+    if len(cached) == len(entry.checksums):
+        places.append(("cache", cached))
+    places.append(("system", find_files(Path(entry.system_folder))))
+    for source, found in places:
+        if found:
+            check_complete(found, entry)
+            return source, next(iter(found.values())).parent
+    if not _offline():
+        return "download", locate_cache(name)
+    if name == "mnist":
+        return "embedded", Path(__file__).parent
+    raise FileNotFoundError(f"{entry.title} is not here, and {OFFLINE_VARIABLE} forbids to download it")
+
+
+def _offline() -> bool:
+    return os.environ.get(OFFLINE_VARIABLE, "0") not in ("", "0")
+
+
 def _load_folder(entry: CatalogEntry, folder: Path, origin: str) -> Dataset:
     """Load from a folder that was asked for, or fail."""
     found = _search_folder(entry, folder, origin)
@@ -107,7 +148,7 @@ def _load_downloaded(
     entry: CatalogEntry, looked: list[str], download: bool, tell: Callable[[str], None]
 ) -> Dataset | None:
     """Load by downloading; None if that is forbidden or impossible, an error if what arrives is wrong."""
-    if not download or os.environ.get(OFFLINE_VARIABLE, "0") not in ("", "0"):
+    if not download or _offline():
         looked.append(f"no download ({f'{OFFLINE_VARIABLE} is set' if download else 'it was turned off'})")
         return None
     from batchlab.lab.data.download import DownloadUnavailableError, download_files, locate_cache

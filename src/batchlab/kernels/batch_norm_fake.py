@@ -1,0 +1,48 @@
+"""Shapes, dtypes and strides of what batch norm's compiled operations return, for compilers: nothing is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["describe_results"]
+
+
+def _of_channels(x: Tensor, *rows: int) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((*rows, x.shape[1]), dtype=dtype)
+
+
+def _normalized(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device), _of_channels(x, 6)
+
+
+def _moments(x: Tensor) -> Tensor:
+    return x.new_empty((2, x.shape[1]), dtype=torch.float64)
+
+
+def _gradient_sums(_gradient: Tensor, x: Tensor, *_: object) -> Tensor:
+    return _moments(x)
+
+
+def _gradients(_gradient: Tensor, x: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    activation, residual_needed = others[-2:]
+    own = residual_needed and activation != 0
+    like_x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    of_residual = torch.empty_like(like_x) if own else _of_channels(x).new_empty(0)
+    return like_x, of_residual, _of_channels(x), _of_channels(x)
+
+
+def describe_results() -> None:
+    """Register these with the operations, which have to be loaded."""
+    fakes: dict[str, Callable[..., object]] = {
+        "forward_": _normalized,
+        "evaluate": _normalized,
+        "moments": _moments,
+        "gradient_sums": _gradient_sums,
+        "backward": _gradients,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"batchlab_batch_norm::{name}", fake)
