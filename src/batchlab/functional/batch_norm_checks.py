@@ -27,10 +27,11 @@ def check_input(x: Tensor, channel_tensors: dict[str, Tensor | None]) -> None:
         )
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}; batch normalization needs a real floating-point input: call x.float() first")
+    channels = x.shape[1]
     for name, value in channel_tensors.items():
-        if value is not None and value.shape != (x.shape[1],):
+        if value is not None and (value.ndim != 1 or value.shape[0] != channels):
             raise ValueError(
-                f"{name} has shape {_shape(value)}, but x of shape {_shape(x)} has {x.shape[1]} channels in dimension 1"
+                f"{name} has shape {_shape(value)}, but x of shape {_shape(x)} has {channels} channels in dimension 1"
             )
 
 

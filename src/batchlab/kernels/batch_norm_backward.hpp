@@ -40,13 +40,25 @@ struct Backward {
     return beyond_cache<T>(layout, 3 + (before.other != nullptr) + (residual_gradient != nullptr));
   }
 
-  template <bool past>
-  void vector(const Affine<A>& a, const InputGradient<A>& change, int64_t offset) const {
+  // Gradients of the input and of the residual.
+  struct Both {
+    Lanes<A> input, residual;
+    friend Both join(const Both& low, const Both& high, int first) {
+      return {batchlab::join(low.input, high.input, first), batchlab::join(low.residual, high.residual, first)};
+    }
+  };
+
+  Both vector(const Affine<A>& a, const InputGradient<A>& change, int64_t offset) const {
     const auto load = [&](const T* of) { return Memory<T>::load(of + offset); };
     const Lanes<A> value = load(before.x), g = before(load, a, value);
-    put<past>(input_gradient + offset, change(a, g, value));
+    return {change(a, g, value), g};
+  }
+
+  template <bool past>
+  void write(int64_t offset, const Both& both) const {
+    put<past>(input_gradient + offset, both.input);
     // Its memory begins at a multiple of a vector where that of the other gradient does: both come from `empty_as`.
-    if (residual_gradient) put<past>(residual_gradient + offset, g);
+    if (residual_gradient) put<past>(residual_gradient + offset, both.residual);
   }
 
   void sum_tile(const Layout& layout, int64_t from, int64_t to, int64_t first, int64_t last, double* one,
@@ -73,13 +85,14 @@ struct Backward {
 
   void finish_tile(const Layout& layout, int64_t from, int64_t to, int64_t first, int64_t last) const {
     const Planes p{layout.samples, layout.channels, layout.size};
-    with_past(whole_planes<T>(layout) && far(layout), [&](auto past) {
-      each_plane<A, past.value>(p, input_gradient, from, to, first, last, [&](int64_t c) {
-        return [this, a = affine(c),
-                change = InputGradient<A>{all(factors[0][c]), all(factors[1][c]), given()}](int64_t offset, auto past) {
-          vector<past.value>(a, change, offset);
-        };
-      });
+    with_past(far(layout), [&](auto past) {
+      each_plane<A, past.value>(
+          p, input_gradient, from, to, first, last,
+          [&](int64_t c) {
+            return std::pair(affine(c), InputGradient<A>{all(factors[0][c]), all(factors[1][c]), given()});
+          },
+          [&](const auto& of, int64_t offset) { return vector(of.first, of.second, offset); },
+          [&](int64_t offset, const Both& both, auto past) { write<past.value>(offset, both); });
     });
   }
 
@@ -148,7 +161,10 @@ struct Backward {
           }
           for (int64_t at = s.origin + row * width + q; row < last; ++row, at += width)
 #pragma GCC unroll 8
-            for (int v = 0; v < vectors.value; ++v) vector<past.value>(a[v], f[v], at + v * kWidth<A>);
+            for (int v = 0; v < vectors.value; ++v) {
+              const int64_t offset = at + v * kWidth<A>;
+              write<past.value>(offset, vector(a[v], f[v], offset));
+            }
         },
         [&](const Section& s, int64_t row, int64_t last, int64_t q, int64_t count) {
           const Affine<A> a = columns.affine(q);

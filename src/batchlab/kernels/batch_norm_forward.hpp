@@ -170,11 +170,10 @@ struct Apply {
   const T* residual;
   T* y;
 
-  template <bool past>
-  void vector(const Affine<A>& affine, int64_t offset) const {
+  Lanes<A> vector(const Affine<A>& affine, int64_t offset) const {
     Lanes<A> pre = affine(Memory<T>::load(x + offset));
     if constexpr (has_residual) pre += Memory<T>::load(residual + offset);
-    put<past>(y + offset, kind.value(pre));
+    return kind.value(pre);
   }
   void some(const Affine<A>& affine, int64_t offset, int64_t count) const {
     Lanes<A> pre = affine(load_some(x + offset, count));
@@ -185,11 +184,12 @@ struct Apply {
   void tile(const Layout& layout, const ChannelNumbers<A>& numbers, int64_t from, int64_t to, int64_t first,
             int64_t last) const {
     const Planes p{layout.samples, layout.channels, layout.size};
-    with_past(whole_planes<T>(layout) && beyond_cache<T>(layout, has_residual ? 3 : 2), [&](auto past) {
-      each_plane<A, past.value>(p, y, from, to, first, last, [&](int64_t c) {
-        return [this, affine = Affine<A>{all(numbers[kMean][c]), all(numbers[kScale][c]), all(numbers[kShift][c])}](
-                   int64_t offset, auto far) { vector<far.value>(affine, offset); };
-      });
+    with_past(beyond_cache<T>(layout, has_residual ? 3 : 2), [&](auto past) {
+      each_plane<A, past.value>(
+          p, y, from, to, first, last,
+          [&](int64_t c) { return Affine<A>{all(numbers[kMean][c]), all(numbers[kScale][c]), all(numbers[kShift][c])}; },
+          [&](const Affine<A>& affine, int64_t offset) { return vector(affine, offset); },
+          [&](int64_t offset, Lanes<A> value, auto far) { put<far.value>(y + offset, value); });
     });
   }
 
@@ -208,7 +208,8 @@ struct Apply {
           for (int v = 0; v < vectors.value; ++v) a[v] = affine(q + v * kWidth<A>);
           for (int64_t at = s.origin + row * width + q; row < last; ++row, at += width)
 #pragma GCC unroll 8
-            for (int v = 0; v < vectors.value; ++v) vector<past.value>(a[v], at + v * kWidth<A>);
+            for (int v = 0; v < vectors.value; ++v)
+              put<past.value>(y + at + v * kWidth<A>, vector(a[v], at + v * kWidth<A>));
         },
         [&](const Section& s, int64_t row, int64_t last, int64_t q, int64_t count) {
           const Affine<A> a = affine(q);

@@ -62,10 +62,10 @@ Layout layout_of(const Tensor& x) {
     layout.main = {x.size(0), layout.channels * inner};
     return layout;
   }
-  // As many rows as fill whole vectors, if they are not longer than a page together.
+  // As many rows as fill the vectors that are walked together, if they are not longer than a page together.
   int64_t several = 1;
-  while (several < kWidth<A> && (layout.channels * several) % kWidth<A> != 0) several *= 2;
-  if (layout.channels * several > 1024) several = 1;
+  while (several < 4 * kWidth<A> && (layout.channels * several) % (kTogether * kWidth<A>) != 0) several *= 2;
+  if (layout.channels * several > 1024 || layout.count < 8 * several) several = 1;
   layout.main = {layout.count / several, layout.channels * several};
   layout.rest = {layout.count % several, layout.channels};
   return layout;
@@ -79,12 +79,6 @@ constexpr int64_t kCacheBytes = 16 << 20;
 template <class T>
 bool beyond_cache(const Layout& layout, int64_t tensors) {
   return tensors * layout.numbers() * static_cast<int64_t>(sizeof(T)) >= kCacheBytes;
-}
-
-// A cache line that is written past the cache in one part and through it in the other is slower than both.
-template <class T>
-bool whole_planes(const Layout& layout) {
-  return layout.size * sizeof(T) % 64 == 0;
 }
 
 template <class F>

@@ -89,25 +89,38 @@ inline void sum_planes(const Planes& p, int64_t from, int64_t to, int64_t first,
   flush();
 }
 
-// f(offset, past) for every vector of the planes of channels [from, to), with f = each(channel); backwards: the last
-// ones that were read for the sums are the likeliest to be in the cache. Vectors may overlap: outputs must not be inputs.
-// With `past` those that lie at whole vectors of `output` are to go past the caches.
-template <class A, bool past, class T, class Each>
+// What each vector of the planes [from, to) becomes: `value(parameters(channel), offset)`, given to `write(offset, value,
+// past)`. Backwards: the samples that were read last for the sums are the likeliest to be in the cache. Vectors may
+// overlap: outputs must not be inputs.
+//
+// The planes of a sample are neighbours, and are written as if they were one: at multiples of a vector, so that none lies
+// in two lines of the cache, and a vector that two channels share has some lanes of both. With `past` these go past
+// the caches.
+template <class A, bool past, class T, class Parameters, class Value, class Write>
 inline void each_plane(const Planes& p, const T* output, int64_t from, int64_t to, int64_t first, int64_t last,
-                       Each&& each) {
+                       Parameters&& parameters, Value&& value, Write&& write) {
   constexpr int width = kWidth<A>;
+  constexpr int64_t bytes = width * sizeof(T);
   for (int64_t n = last - 1; n >= first; --n) {
-    for (int64_t c = from; c < to; ++c) {
-      const int64_t plane = p.at(n, c);
-      const auto f = each(c);
-      const auto near = [&](int64_t i) { f(plane + i, std::false_type()); };
-      // What is stored at whole vectors does not lie in two lines of the cache.
-      const int64_t bytes = width * sizeof(T), over = reinterpret_cast<uintptr_t>(output + plane) % bytes;
-      int64_t i = over == 0 ? 0 : (bytes - over) / static_cast<int64_t>(sizeof(T));
-      if (i > 0) near(0);
-      for (; i + width <= p.size; i += width) f(plane + i, std::bool_constant<past>());
-      if (i < p.size) near(p.size - width);
+    int64_t end = p.at(n, from), i = end;
+    const int64_t over = reinterpret_cast<uintptr_t>(output + i) % bytes;
+    auto of = parameters(from);
+    if (over != 0) {
+      write(i, value(of, i), std::false_type());
+      i += (bytes - over) / static_cast<int64_t>(sizeof(T));
     }
+    for (int64_t c = from;;) {
+      end += p.size;
+      for (; i + width <= end; i += width) write(i, value(of, i), std::bool_constant<past>());
+      if (++c == to) break;
+      const auto next = parameters(c);
+      if (i < end) {
+        write(i, join(value(of, i), value(next, i), static_cast<int>(end - i)), std::bool_constant<past>());
+        i += width;
+      }
+      of = next;
+    }
+    if (i < end) write(end - width, value(of, end - width), std::false_type());
   }
   if constexpr (past) fence();
 }

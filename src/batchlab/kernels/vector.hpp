@@ -82,6 +82,14 @@ inline Lanes<A> from_lane(Lanes<A> lanes, int first) {
   return (Lanes<A>)((Integers)lanes & keep);
 }
 
+// Lanes of `low` before `first`, of `high` from there on.
+inline Lanes<float> join(Lanes<float> low, Lanes<float> high, int first) {
+  return numbered<float>(std::make_index_sequence<kWidth<float>>()) >= first ? high : low;
+}
+inline Lanes<double> join(Lanes<double> low, Lanes<double> high, int first) {
+  return numbered<double>(std::make_index_sequence<kWidth<double>>()) >= first ? high : low;
+}
+
 template <class To, class From>
 inline To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));
