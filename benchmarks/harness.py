@@ -56,16 +56,21 @@ def interleave(
     return found
 
 
-def report(benchmark: str, case: str, timings: Mapping[str, Timing], rounds: int, per_call: int = 1) -> None:
-    """Print a table and append the result, with machine and versions, to benchmarks/results/<benchmark>.jsonl."""
+def print_timings(title: str, timings: Mapping[str, Timing], per_call: int = 1) -> None:
+    """A table of medians and of ratios to the first candidate."""
     base = next(iter(timings))
-    table = Table(title=f"{benchmark}: {case}")
+    table = Table(title=title)
     for column in ("", "median", f"times {base}", "quartiles"):
         table.add_column(column, justify="left" if not column else "right")
     for name, timing in timings.items():
         microseconds = 1e6 * timing.seconds / per_call
         table.add_row(name, f"{microseconds:,.0f} µs", f"{timing.ratio:.3f}", f"{timing.low:.3f} to {timing.high:.3f}")
     Console().print(table)
+
+
+def report(benchmark: str, case: str, timings: Mapping[str, Timing], rounds: int, per_call: int = 1) -> None:
+    """Print a table and append the result, with machine and versions, to benchmarks/results/<benchmark>.jsonl."""
+    print_timings(f"{benchmark}: {case}", timings, per_call)
     line = {
         "benchmark": benchmark,
         "case": case,

@@ -108,8 +108,7 @@ def test_no_two_results_share_memory_whoever_frees_what_when() -> None:
 
 def test_to_release_compiles_nothing() -> None:
     code = (
-        "from batchlab import kernels\n"
-        "print(kernels.release_memory(), kernels.batch_norm._load.cache_info().currsize)"
+        "from batchlab import kernels\nprint(kernels.release_memory(), kernels.batch_norm._load.cache_info().currsize)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
     assert done.stdout.split() == ["0", "0"]

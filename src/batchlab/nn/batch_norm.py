@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -90,18 +91,14 @@ class _BatchNorm(RunningStatistics, _TorchBatchNorm):
             mask: bool, broadcastable to (N, 1, ...), True where an entry is valid; padded outputs are 0.
         """
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
-        # As attributes, nn.Module finds these only after it has looked everywhere else: a microsecond each. A parametrized
+        mean, var = self._own("running_mean", self._buffers), self._own("running_var", self._buffers)
+        weight, bias = self._own("weight", self._parameters), self._own("bias", self._parameters)
+        return self.normalize(x, mean, var, weight, bias, residual, mask)
+
+    def _own(self, name: str, own: Mapping[str, Tensor | None]) -> Tensor | None:
+        # As an attribute, nn.Module finds it after it has looked everywhere else, a microsecond later; but a parametrized
         # weight is an attribute only.
-        own, kept = self._parameters, self._buffers
-        return self.normalize(
-            x,
-            kept["running_mean"] if "running_mean" in kept else self.running_mean,
-            kept["running_var"] if "running_var" in kept else self.running_var,
-            own["weight"] if "weight" in own else self.weight,
-            own["bias"] if "bias" in own else self.bias,
-            residual,
-            mask,
-        )
+        return own[name] if name in own else getattr(self, name)  # noqa: SIM401 - `get` would look for both
 
     def normalize(
         self,
