@@ -2,8 +2,8 @@
 
 A residual network of BN-heavy blocks and the perceptron of Ioffe & Szegedy 2015, section 4.1: forward, backward and
 SGD. "without" has no batch norm: the step cannot be faster than that. First all take the same 100 steps from the same
-weights on the same data; how far apart the losses with plain operations and with the kernel get is printed and kept, and
-how far those with plain operations and with torch's layers do.
+weights on the same data; how far apart the losses with plain operations and with the kernel get is printed and kept,
+and how far those with plain operations and with torch's layers do.
 
     python -m benchmarks.batch_norm_network [--threads 1]
 """

@@ -96,9 +96,9 @@ class _BatchNorm(RunningStatistics, _TorchBatchNorm):
         return self.normalize(x, mean, var, weight, bias, residual, mask)
 
     def _own(self, name: str, own: Mapping[str, Tensor | None]) -> Tensor | None:
-        # As an attribute, nn.Module finds it after it has looked everywhere else, a microsecond later; but a parametrized
-        # weight is an attribute only.
-        return own[name] if name in own else getattr(self, name)  # noqa: SIM401 - `get` would look for both
+        # As an attribute, nn.Module finds it after it has looked everywhere else, a microsecond later; but a
+        # parametrized weight is an attribute only.
+        return own[name] if name in own else getattr(self, name)
 
     def normalize(
         self,
