@@ -4,7 +4,7 @@ Memory traffic is the limit. Counting in tensors of the input's size: forward ha
 to read two and write one: 2.5 copies, if what is read twice is in the cache the second time. The table says how many
 copies into an existing buffer, measured in the same rounds, each took.
 
-    python -m benchmarks.batch_norm [--threads 1] [--quick] [--what train|residual|evaluation]
+    python -m benchmarks.batch_norm [--threads 1] [--quick] [--what train|residual|evaluation] [--compiled]
 """
 
 import argparse
@@ -30,6 +30,7 @@ BN_INCEPTION = [
 ]
 RESNET_50 = [(64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28), (256, 28)]
 RESNET_50 += [(256, 14), (1024, 14), (512, 14), (512, 7), (2048, 7)]
+COMPILED = [(60, 100), (1024, 1024), (32, 64, 56, 56), (32, 256, 14, 14), (32, 2048, 7, 7)]
 OTHERS = [(60, 100), (100, 800), (128, 4096), (1024, 1024), (32, 256, 400), (4, 64, 16, 32, 32)]
 
 
@@ -46,9 +47,9 @@ def cases(quick: bool) -> dict[str, tuple[tuple[int, ...], torch.memory_format]]
 
 
 def candidates(
-    shape: tuple[int, ...], memory_format: torch.memory_format, what: str
+    shape: tuple[int, ...], memory_format: torch.memory_format, what: str, compiled: bool
 ) -> dict[str, Callable[[], object]]:
-    """torch, this library, and a copy, each as one call."""
+    """torch, this library, and a copy, each as one call; torch's two layers compiled too, if that is asked for."""
     x = torch.randn(shape).contiguous(memory_format=memory_format)
     gradient, residual, buffer = (torch.empty_like(x).copy_(torch.randn(shape)) for _ in range(3))
     kind = f"BatchNorm{max(1, len(shape) - 2)}d"
@@ -74,11 +75,15 @@ def candidates(
             "batchlab": lambda: step(ours(x, residual=residual), [x, residual, *ours.parameters()]),
             "copy": lambda: buffer.copy_(x.detach()),
         }
-    return {
+    found: dict[str, Callable[[], object]] = {
         "torch": lambda: step(F.relu(theirs(x)), [x, *theirs.parameters()]),
         "batchlab": lambda: step(ours(x), [x, *ours.parameters()]),
         "copy": lambda: buffer.copy_(x.detach()),
     }
+    if compiled:
+        both = torch.compile(torch.nn.Sequential(theirs, torch.nn.ReLU()), fullgraph=True, dynamic=False)
+        found["compiled"] = lambda: step(both(x), [x, *theirs.parameters()])
+    return found
 
 
 def main() -> None:
@@ -87,18 +92,26 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="without BN-Inception's shapes")
     parser.add_argument("--what", choices=("train", "residual", "evaluation"), default="train")
+    parser.add_argument("--compiled", action="store_true", help="a few shapes; torch.compile of torch's layers as well")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     table = Table(title=f"BN + ReLU, {options.what}, float32, {options.threads} thread(s)")
-    for column in ("shape", "MB", "torch µs", "batchlab µs", "times faster", "quartiles", "copies"):
-        table.add_column(column, justify="left" if column == "shape" else "right")
+    last = "torch.compile µs" if options.compiled else "copies"
+    for column in ("shape", "MB", "torch µs", "batchlab µs", "times faster", "quartiles", last):
+        table.add_column(column, justify="left" if column == "shape" else "right", no_wrap=column == "shape")
     ratios = []
     for name, (shape, memory_format) in cases(options.quick).items():
+        if options.compiled:
+            if shape not in COMPILED:
+                continue
+            torch.compiler.reset()
         size = 4 * math.prod(shape)
         calls = max(1, min(200, int(2e6 / size)))
         rounds = max(7, min(40, int(3e8 / size / calls)))
-        timings = interleave(candidates(shape, memory_format, options.what), rounds, name, calls=calls)
+        timings = interleave(
+            candidates(shape, memory_format, options.what, options.compiled), rounds, name, calls=calls
+        )
         mine, theirs = timings["batchlab"], timings["torch"]
         faster, copies = 1 / mine.ratio, mine.seconds / timings["copy"].seconds
         ratios.append(faster)
@@ -109,7 +122,7 @@ def main() -> None:
             f"{1e6 * mine.seconds:,.0f}",
             f"{faster:.2f}",
             f"{1 / mine.high:.2f} to {1 / mine.low:.2f}",
-            f"{copies:.1f}",
+            f"{1e6 * timings['compiled'].seconds:,.0f}" if options.compiled else f"{copies:.1f}",
         )
         append(
             "batch_norm",
