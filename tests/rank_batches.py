@@ -47,7 +47,9 @@ PROBLEMS = {
     "float32": Problem(parts=(7, 4), dtype=torch.float32, activation="silu", layout="channels_last"),
     "bfloat16": Problem(parts=(7, 4), dtype=torch.bfloat16, activation="relu", residual=True, layout="channels_last"),
     "float16": Problem(dtype=torch.float16, activation="silu", mean=5.0),
-    "mixed": Problem(activation="relu", residual=True, backends=("auto", "reference")),
+    "mixed": Problem(activation="relu", residual=True, backends=("auto", "reference"), layout="channels_last"),
+    "mixed-relu": Problem(activation="relu", backends=("reference", "auto")),
+    "mixed-float32": Problem(mean=3e4, dtype=torch.float32, activation="silu", backends=("reference", "auto")),
     "mixed-silu": Problem(activation="silu", residual=True, backends=("reference", "auto"), mean=1e3),
     "no-kernel": Problem(activation="sigmoid", residual=True, backends=("none", "auto")),
     "empty": Problem(parts=(0, 7), activation="relu", residual=True),
@@ -64,6 +66,7 @@ PROBLEMS = {
     ),
 }
 HIGHER = (
+    "mixed-relu",
     "plain",
     "silu",
     "mixed",

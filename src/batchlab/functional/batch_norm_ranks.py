@@ -5,7 +5,7 @@ be compiled, a third has a mask or another `backend`. So what a rank computes wi
 
 - forward: one all-reduce of each rank's count, offset, mean and M2, (ranks, 3C + 1) in float64;
 - backward: one all-reduce of ∂l/∂mean and ∂l/∂var, (2, C) in float64, if the input needs a gradient;
-- gradients of gradients: those of `_differentiable`, which every rank runs then, whatever its kernels.
+- gradients of gradients: those of `_by_formula`, which every rank runs then, whatever its kernels.
 
 On every rank one node of autograd holds the whole call, activation and residual included. Two nodes on one rank and one
 on another would have the same gradients, but not the same number of collectives in a loss that has a gradient in it.
@@ -43,18 +43,29 @@ def moments_over_ranks(x: Tensor, mask: Tensor | None, group: ProcessGroup, fuse
         local = reference.Moments(count, torch.zeros_like(offset), var * count)
     else:
         shifted, offset = reference.center(x, mask)
-        local = reference.moments(shifted, mask)
-        if mask is None:  # exact; the formula's own count is a float32
-            local = local._replace(count=offset.new_full((), samples_per_channel(x), dtype=torch.float64))
+        if mask is None and x.numel() > 0:  # fewer passes, and a count beyond what a float32 holds
+            dims = [dim for dim in range(x.ndim) if dim != 1]
+            mean = shifted.mean(dims)  # what rounding has left
+            m2 = shifted.sub_(reference.per_channel(mean, x.ndim)).square_().sum(dims)
+            local = reference.Moments(offset.new_full((), samples_per_channel(x), dtype=torch.float64), mean, m2)
+        else:
+            local = reference.moments(shifted, mask)
     pivot, pooled = pool_over_ranks(local, offset, group)
     return pooled._replace(mean=pivot + pooled.mean)
 
 
-def _from_statistics(of_mean: Tensor, of_var: Tensor, deviation: Tensor, count: Tensor, mask: Tensor | None) -> Tensor:
+def _scaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Scale and shift each channel, in one pass."""
+    return torch.addcmul(reference.per_channel(shift, x.ndim), x, reference.per_channel(scale, x.ndim))
+
+
+def _from_statistics(
+    of_mean: Tensor, of_var: Tensor, x: Tensor, mean: Tensor, count: Tensor, mask: Tensor | None
+) -> Tensor:
     """What reaches the input through mean = Σ x / n and var = Σ (x - mean)² / n, from all ranks' gradients of these."""
-    samples, dtype = count.clamp(min=1), deviation.dtype
-    shift, slope = (of_mean / samples).to(dtype), (2 * of_var / samples).to(dtype)
-    found = deviation * reference.per_channel(slope, deviation.ndim) + reference.per_channel(shift, deviation.ndim)
+    samples = count.clamp(min=1)
+    shift, slope = (of_mean / samples).to(x.dtype), (2 * of_var / samples).to(x.dtype)
+    found = _scaled(x, slope, shift - slope * mean)
     return found if mask is None else torch.where(mask, found, 0)
 
 
@@ -74,8 +85,7 @@ class _KnownStatistics(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         x, mean, count, mask = ctx.saved_tensors
         of_mean, of_var = sum_over_ranks(torch.stack(gradients), ctx.group).unbind()
-        deviation = x - reference.per_channel(mean, x.ndim)
-        return _from_statistics(of_mean, of_var, deviation, count, mask), None, None, None, None, None
+        return _from_statistics(of_mean, of_var, x, mean, count, mask), None, None, None, None, None
 
 
 class _Saved(NamedTuple):
@@ -84,7 +94,7 @@ class _Saved(NamedTuple):
     x: Tensor
     weight: Tensor | None
     bias: Tensor | None
-    output: Tensor | None  # or the residual: what tells the gradient in front of the activation, if there is a residual
+    output: Tensor | None  # it or the residual, where the gradient in front of the activation is found from one
     residual: Tensor | None
     mask: Tensor | None
     mean: Tensor
@@ -97,14 +107,25 @@ Gradients = tuple[Tensor | None, Tensor, Tensor, Tensor]  # of x, weight, bias a
 
 
 def _shifted(x: Tensor, mean: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`x` minus its rounded mean, in the statistics' dtype, and what the mean is beyond that."""
+    """`x` minus its rounded mean, and what the mean is beyond that, both in the statistics' dtype.
+
+    The rest is so little that it need not be taken from each number: sums and shifts of all of them take it in.
+    """
     dtype = reference.statistics_dtype(x.dtype)
     offset = mean.to(dtype)
     shifted = x.to(dtype) - reference.per_channel(offset, x.ndim)
     return (shifted if mask is None else torch.where(mask, shifted, 0)), (mean - offset).to(dtype)
 
 
-def _differentiable(
+def _scale(inverse: Tensor, weight: Tensor | None) -> Tensor:
+    return inverse if weight is None else inverse * weight.to(inverse.dtype)
+
+
+def _shift(scale: Tensor, mean: Tensor, bias: Tensor | None) -> Tensor:
+    return -mean * scale if bias is None else bias.to(scale.dtype) - mean * scale
+
+
+def _by_formula(
     gradient: Tensor, saved: _Saved, eps: float, activation: str | None, group: ProcessGroup, needs_x: bool
 ) -> Gradients:
     """Gradients by plain operations; with `create_graph=True` they depend on all ranks, and are right at any order."""
@@ -114,24 +135,24 @@ def _differentiable(
     if torch.is_grad_enabled():
         mean, var = _KnownStatistics.apply(shifted, mean, var, saved.count, mask, group)  # type: ignore[no-untyped-call]
     inverse = 1 / (var + eps).sqrt()
-    scale = inverse if saved.weight is None else inverse * saved.weight.to(inverse.dtype)
-    deviation = shifted - reference.per_channel(mean, x.ndim)
+    scale = _scale(inverse, saved.weight)
     g = gradient.to(shifted.dtype)
     g = g if mask is None else torch.where(mask, g, 0)
     if saved.output is not None:
         g = gradient_from_output(g, saved.output.to(g.dtype), activation)
     elif activation is not None:
-        pre = reference.normalize(shifted, mean, var, saved.weight, saved.bias, eps)
+        pre = _scaled(shifted, scale, _shift(scale, mean, saved.bias))
         pre = finish(pre, pre.dtype, saved.residual, None, mask)
         g = gradient_from_input(g, pre, activation)
     dims = [dim for dim in range(x.ndim) if dim != 1]
-    sums = g.sum(dims), (g * deviation).sum(dims)
+    total = g.sum(dims)
+    product = (g * shifted).sum(dims) - mean * total
     of_x = None
     if needs_x:
-        of_mean, of_var = _all_ranks(*sums, scale, inverse, group)
-        through = _from_statistics(of_mean, of_var, deviation, saved.count, mask)
-        of_x = g * reference.per_channel(scale, x.ndim) + through
-    return of_x, sums[1] * inverse, sums[0], g
+        of_mean, of_var = _all_ranks(total, product, scale, inverse, group)
+        through = _from_statistics(of_mean, of_var, shifted, mean, saved.count, mask)
+        of_x = torch.addcmul(through, g, reference.per_channel(scale, x.ndim))
+    return of_x, product * inverse, total, g
 
 
 def _all_ranks(total: Tensor, product: Tensor, scale: Tensor, inverse: Tensor, group: ProcessGroup) -> Tensor:
@@ -141,7 +162,7 @@ def _all_ranks(total: Tensor, product: Tensor, scale: Tensor, inverse: Tensor, g
     return sum_over_ranks(own, group)
 
 
-def _fused(
+def _by_kernels(
     gradient: Tensor, saved: _Saved, numbers: Tensor, activation: int, group: ProcessGroup, needs: tuple[bool, ...]
 ) -> Gradients:
     """Gradients by the kernels: a pass for this rank's sums, the all-reduce, a pass for the rest."""
@@ -162,9 +183,8 @@ def _fused(
     odd = (scale == 0) & (of_statistics != 0).any(0)
     if odd.any():
         shifted, mean = _shifted(saved.x, saved.mean, None)
-        deviation = shifted - reference.per_channel(mean, shifted.ndim)
         of_mean, of_var = of_statistics.unbind()
-        through = _from_statistics(of_mean, of_var, deviation, torch.ones_like(saved.count), None)
+        through = _from_statistics(of_mean, of_var, shifted, mean, torch.ones_like(saved.count), None)
         of_x = torch.where(reference.per_channel(odd, of_x.ndim), through.to(of_x.dtype), of_x)
     return of_x, product * inverse, total, gradient if activation == 0 else of_residual
 
@@ -193,12 +213,15 @@ class _NormalizeOverRanks(torch.autograd.Function):
             y, numbers = kernel.evaluate(x, mean, var, weight, bias, residual, eps, kernel.ACTIVATIONS[activation])
         else:
             shifted, rest = _shifted(x, mean, mask)
-            y = reference.normalize(shifted, rest, var.to(rest.dtype), weight, bias, eps)
-            y = finish(y, x.dtype, residual, activation, mask)
+            scale = _scale(1 / (var.to(rest.dtype) + eps).sqrt(), weight)
+            y = finish(_scaled(shifted, scale, _shift(scale, rest, bias)), x.dtype, residual, activation, mask)
         ctx.eps, ctx.activation, ctx.group = eps, activation, group
         ctx.residual_dtype = None if residual is None else residual.dtype
+        # What a sigmoid's gradient is found from shows in the gradient of that, so it is the same on every rank. A
+        # (leaky) ReLU's needs signs alone, and plain operations do better not to compute the output again.
         behind = residual is not None and activation is not None
-        output = y if behind and activation != "silu" else None
+        signs = activation in ("relu", "leaky_relu") and not fused
+        output = y if signs or (behind and activation != "silu") else None
         other = residual if behind and output is None else None
         ctx.save_for_backward(*_Saved(x, weight, bias, output, other, mask, mean, var, count, numbers))
         return y
@@ -208,10 +231,10 @@ class _NormalizeOverRanks(torch.autograd.Function):
         saved = _Saved(*ctx.saved_tensors)
         needs = ctx.needs_input_grad[:4]
         if saved.numbers is None or torch.is_grad_enabled():  # create_graph=True
-            found = _differentiable(gradients[0], saved, ctx.eps, ctx.activation, ctx.group, needs[0])
+            found = _by_formula(gradients[0], saved, ctx.eps, ctx.activation, ctx.group, needs[0])
         else:
             number = kernel.ACTIVATIONS[ctx.activation]
-            found = _fused(gradients[0], saved, saved.numbers, number, ctx.group, needs)
+            found = _by_kernels(gradients[0], saved, saved.numbers, number, ctx.group, needs)
         of = (saved.x, saved.weight, saved.bias)
         dtypes = [*(None if values is None else values.dtype for values in of), ctx.residual_dtype]
         wanted = [
