@@ -148,6 +148,15 @@ def statistics_alone(rank: int) -> Tensor:
     return torch.stack(running)
 
 
+def one_bad_number(rank: int) -> Tensor:
+    running = torch.zeros(CHANNELS), torch.ones(CHANNELS)
+    x = tensors(Problem(dtype=torch.float32))["x"][rank].clone()
+    if rank == 0:
+        x[0, 1, 0, 0] = torch.inf
+    batch_norm(x, *running, training=True, process_group=dist.group.WORLD, nonfinite="skip")
+    return torch.stack(running)
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
@@ -155,7 +164,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         jobs: list[Any] = [(name, one_step, (p,)) for name, p in PROBLEMS.items() if len(p.parts) == world]
         jobs += [(f"{n}-higher", higher_step, (PROBLEMS[n],)) for n in HIGHER if len(PROBLEMS[n].parts) == world]
         if world == 2:
-            jobs += [(work.__name__, work, ()) for work in (constant_input, broadcast_gradient, statistics_alone)]
+            jobs += [
+                (work.__name__, work, ())
+                for work in (constant_input, broadcast_gradient, statistics_alone, one_bad_number)
+            ]
         found |= spawn(world, tmp_path_factory.mktemp(f"world{world}"), jobs)
     return found
 
@@ -230,6 +242,14 @@ def test_statistics_without_a_normalization(ranks: dict[str, list[Any]]) -> None
     first, second = ranks["statistics_alone"]
     assert torch.equal(first, second)
     close(first, exact(Problem(mean=1e3))["running"], 1e-12)
+
+
+def test_an_infinite_number_keeps_its_channel_out_on_every_rank(ranks: dict[str, list[Any]]) -> None:
+    first, second = ranks["one_bad_number"]
+    assert torch.equal(first, second)
+    assert first[:, 1].tolist() == [0.0, 1.0]
+    assert first.isfinite().all()
+    assert (first[:, [0, 2, 3, 4]] != torch.tensor([[0.0], [1.0]])).all()
 
 
 @pytest.fixture
