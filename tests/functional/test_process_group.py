@@ -1,20 +1,17 @@
 """Statistics over ranks: gloo processes on uneven parts of a batch, against one process on all of it."""
 
 import copy
-import os
 import pickle
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from batchlab.functional import batch_norm
 from batchlab.nn import BatchNorm1d
+from tests.processes import spawn
 
 PARTS = {"uneven": (5, 2), "single": (6, 1), "empty": (0, 7), "three": (3, 0, 4), "singles": (1, 1)}
 
@@ -26,28 +23,6 @@ def batch(parts: tuple[int, ...], offset: float) -> tuple[Tensor, Tensor, Tensor
     g = torch.randn(n, 3, 4, generator=generator, dtype=torch.float64)
     mask = torch.rand(n, 1, 4, generator=generator) < 0.7
     return x, g, mask
-
-
-Work = Callable[..., Any]
-
-
-def join(rank: int, world: int, folder: str, jobs: list[tuple[str, Work, tuple[Any, ...]]]) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(folder) / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    try:
-        results = {name: work(rank, *arguments) for name, work, arguments in jobs}
-    finally:
-        dist.destroy_process_group()
-    torch.save(results, Path(folder) / f"{rank}.pt")
-
-
-def spawn(world: int, folder: Path, jobs: list[tuple[str, Work, tuple[Any, ...]]]) -> dict[str, list[Any]]:
-    """Do all jobs in the same processes (starting one costs seconds): name -> what each rank returned."""
-    mp.spawn(join, (world, str(folder), jobs), nprocs=world)
-    ranks = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
-    return {name: [rank[name] for rank in ranks] for name, _, _ in jobs}
 
 
 def layer_step(rank: int, parts: tuple[int, ...], masked: bool) -> list[Tensor]:

@@ -16,6 +16,7 @@ from batchlab.functional.batch_norm_checks import (
     check_sample_count,
 )
 from batchlab.functional.batch_norm_fused import evaluate_fused, is_plain, normalize_and_update, serves
+from batchlab.functional.batch_norm_ranks import moments_over_ranks, normalize_over_ranks
 from batchlab.functional.batch_norm_training import (
     BACKENDS,
     batch_statistics,
@@ -87,7 +88,8 @@ def batch_norm(
             empty. Differentiable, on any backend with all_reduce. Every rank must take part in every forward and
             backward. None: this process alone.
         backend: "reference" (plain operations), "aten" (torch's own operation, with its rounding), "fused" (one
-            kernel for all of it, on the CPU), or "auto": the fastest that is exact and takes this call.
+            kernel for all of it, on the CPU), or "auto": the fastest that is exact and takes this call. Ranks may have
+            different ones.
         nonfinite: what an inf or NaN in the batch statistics does to the running ones: "propagate" into them, "skip"
             the affected channels, or "raise" ValueError before anything changes (reads the values on the host).
         num_batches_tracked: integer scalar tensor, incremented in place by each batch that counts.
@@ -131,7 +133,8 @@ def batch_norm(
     if process_group is not None:
         check_process_group(process_group)
     check_sample_count(x, valid, process_group)
-    if choose_backend(backend, x, valid, process_group, residual) == "fused":
+    fused = choose_backend(backend, x, valid, process_group, residual) == "fused"
+    if fused and process_group is None:
         return normalize_and_update(
             x,
             running_mean,
@@ -145,17 +148,22 @@ def batch_norm(
             nonfinite,
             num_batches_tracked,
         )
-    y, mean, var, count = normalize_batch(
-        x,
-        weight,
-        bias,
-        eps,
-        activation=activation,
-        residual=residual,
-        mask=valid,
-        process_group=process_group,
-        backend=backend,
-    )
+    if process_group is None:
+        y, mean, var, count = normalize_batch(
+            x, weight, bias, eps, activation=activation, residual=residual, mask=valid, backend=backend
+        )
+    else:
+        y, mean, var, count = normalize_over_ranks(
+            x,
+            weight,
+            bias,
+            eps,
+            activation=activation,
+            residual=residual,
+            mask=valid,
+            group=process_group,
+            fused=fused,
+        )
     if running_mean is not None and running_var is not None:
         update_in_place(running_mean, running_var, mean, var, count, momentum, num_batches_tracked, nonfinite)
     return y
@@ -193,7 +201,11 @@ def update_running_statistics(
         check_process_group(process_group)
     valid = None if mask is None else check_mask(mask, x)
     check_sample_count(x, valid, process_group)
-    _, group, offset = batch_statistics(x, valid, process_group)
-    count = samples_per_channel(x) if valid is None and process_group is None else group.count
-    mean, var = group.mean + offset, unbiased_variance(group)
+    if process_group is None:
+        _, found, offset = batch_statistics(x, valid)
+        found = found._replace(mean=found.mean + offset)
+    else:
+        found = moments_over_ranks(x, valid, process_group)
+    count = samples_per_channel(x) if valid is None and process_group is None else found.count
+    mean, var = found.mean, unbiased_variance(found)
     update_in_place(running_mean, running_var, mean, var, count, momentum, num_batches_tracked, nonfinite)

@@ -12,7 +12,7 @@ from batchlab.functional.running_statistics import update_in_place
 from batchlab.kernels import batch_norm as kernel
 from batchlab.reference import batch_norm as reference
 
-__all__ = ["evaluate_fused", "is_plain", "normalize_and_update", "normalize_fused", "serves"]
+__all__ = ["evaluate_fused", "is_plain", "normalize_and_update", "normalize_fused", "of_channels", "serves"]
 
 ACTIVATIONS: Final = {number: name for name, number in kernel.ACTIVATIONS.items()}
 
@@ -64,7 +64,8 @@ def _differentiable_backward(
     return (*grads, wide.to(x.dtype))
 
 
-def _of_channels(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def of_channels(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A vector of channels as the kernel reads it."""
     if values is None or (values.dtype == dtype and values.is_contiguous()):
         return values
     return values.to(dtype).contiguous()
@@ -93,8 +94,8 @@ def normalize_fused(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return kernel.forward(
         x if kernel.is_dense(x) else x.contiguous(),
-        _of_channels(weight, dtype),
-        _of_channels(bias, dtype),
+        of_channels(weight, dtype),
+        of_channels(bias, dtype),
         residual,
         *running,
         eps,
@@ -154,8 +155,8 @@ def evaluate_fused(
         x if kernel.is_dense(x) else x.contiguous(),
         mean,
         var,
-        _of_channels(weight, dtype),
-        _of_channels(bias, dtype),
+        of_channels(weight, dtype),
+        of_channels(bias, dtype),
         residual,
         eps,
         kernel.ACTIVATIONS[activation],

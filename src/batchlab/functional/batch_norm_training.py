@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from batchlab.functional.activation import activate
 from batchlab.functional.batch_norm_fused import serves
-from batchlab.functional.gather import merge_over_ranks
 from batchlab.reference import batch_norm as reference
 
 if TYPE_CHECKING:
@@ -42,29 +41,17 @@ def finish(
     return (y if mask is None else torch.where(mask, y, 0)).to(dtype)
 
 
-def batch_statistics(
-    x: Tensor, mask: Tensor | None, process_group: ProcessGroup | None
-) -> tuple[Tensor, reference.Moments, Tensor]:
-    """The shifted input, its moments (over all ranks) relative to the offset, and the offset."""
+def batch_statistics(x: Tensor, mask: Tensor | None) -> tuple[Tensor, reference.Moments, Tensor]:
+    """The shifted input, its moments relative to the offset, and the offset."""
     shifted, offset = reference.center(x, mask)
-    group = reference.moments(shifted, mask)
-    if process_group is not None:
-        group = merge_over_ranks(group, offset, process_group)
-    return shifted, group, offset
+    return shifted, reference.moments(shifted, mask), offset
 
 
-def _reference(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    mask: Tensor | None,
-    process_group: ProcessGroup | None,
-) -> Normalized:
-    shifted, group, offset = batch_statistics(x, mask, process_group)
+def _reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, mask: Tensor | None) -> Normalized:
+    shifted, group, offset = batch_statistics(x, mask)
     y = reference.normalize(shifted, group.mean, reference.variance(group), weight, bias, eps)
-    # Without mask and ranks the count is known from the shape; as a number it needs no tensor operations later.
-    count = samples_per_channel(x) if mask is None and process_group is None else group.count.detach()
+    # Without a mask the count is known from the shape; as a number it needs no tensor operations later.
+    count = samples_per_channel(x) if mask is None else group.count.detach()
     return Normalized(y, (group.mean + offset).detach(), reference.unbiased_variance(group).detach(), count)
 
 
@@ -145,19 +132,21 @@ def choose_backend(
 
     "auto" takes the fused kernel on the CPU, and elsewhere torch's operation on the input shifted by its mean:
     unshifted, its float32 error grows with mean/std (4e-4 for (N, C) inputs and 6e-3 for channels-last ones at
-    mean/std 1e3). Masks, ranks, empty batches and `torch.func` are the reference's. An explicit backend never falls
-    back: what it cannot do is an error.
+    mean/std 1e3). Masks, empty batches and `torch.func` are the reference's. Over ranks the choice is for what this one
+    computes by itself, the kernel or the reference (see `batch_norm_ranks`). An explicit backend never falls back: what
+    it cannot do is an error, save for a rank that is empty, whose error the other ranks would wait for.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed are {', '.join(map(repr, BACKENDS))}")
-    plain = mask is None and process_group is None
-    if backend in ("aten", "fused") and not plain:
+    if (backend in ("aten", "fused") and mask is not None) or (backend == "aten" and process_group is not None):
         given = "mask" if mask is not None else "process_group"
         raise ValueError(f"backend={backend!r} takes no {given}: use backend='auto' or 'reference'")
     if backend == "aten":
         return "aten"
-    fused = plain and backend != "reference" and serves(x, residual)
-    if backend == "fused" and not fused:
+    # Over ranks the kernels' gradient looks at values, where a compiler cannot follow.
+    traced = process_group is not None and torch.compiler.is_compiling()
+    fused = mask is None and backend != "reference" and not traced and serves(x, residual)
+    if backend == "fused" and not fused and (process_group is None or x.numel() > 0):
         raise ValueError(
             f"backend='fused' does not take this call (x: {x.dtype} on {x.device}, {x.numel()} numbers): it needs a "
             "compiled kernel, a CPU tensor that is not empty, a residual of x's dtype, and neither torch.compile nor "
@@ -167,7 +156,8 @@ def choose_backend(
         return "fused"
     # torch.func's transforms (grad, vmap, hessian) see through plain operations, not through an autograd.Function.
     transformed = torch._C._are_functorch_transforms_active()
-    return "shifted_aten" if backend == "auto" and plain and x.numel() > 0 and not transformed else "reference"
+    plain = mask is None and process_group is None and x.numel() > 0 and not transformed
+    return "shifted_aten" if backend == "auto" and plain else "reference"
 
 
 def normalize_batch(
@@ -179,13 +169,12 @@ def normalize_batch(
     activation: str | None,
     residual: Tensor | None,
     mask: Tensor | None,
-    process_group: ProcessGroup | None,
     backend: str,
 ) -> Normalized:
     """Normalize with the batch's statistics, add the residual, activate; a fused kernel takes over this whole call."""
-    chosen = choose_backend(backend, x, mask, process_group)
+    chosen = choose_backend(backend, x, mask, None)
     if chosen == "reference":
-        result = _reference(x, weight, bias, eps, mask, process_group)
+        result = _reference(x, weight, bias, eps, mask)
     else:
         result = _UNMASKED[chosen](x, weight, bias, eps)
     return result._replace(output=finish(result.output, x.dtype, residual, activation, mask))

@@ -127,7 +127,6 @@ def batch_renorm(
         activation=None,
         residual=None,
         mask=None,
-        process_group=None,
         backend="aten" if backend == "shifted_aten" else backend,
     )
     if update:

@@ -1,20 +1,22 @@
-"""Moments of all ranks of a process group, differentiable, on any backend that can all-reduce (gloo on CPU too)."""
+"""Sums and moments of all ranks of a process group, on any backend that can all-reduce (gloo on CPU too).
+
+What travels is float64, whatever the tensors are: ranks may differ in dtype, and a float32 cannot count to 17 million.
+"""
 
 from __future__ import annotations
 
-from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from batchlab.reference.batch_norm import Moments, merge_moments
+from batchlab.reference.batch_norm import Moments
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["check_process_group", "merge_over_ranks"]
+__all__ = ["check_process_group", "merge_over_ranks", "pool_over_ranks", "sum_over_ranks"]
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -46,24 +48,40 @@ def check_process_group(group: object) -> None:
         )
 
 
-def merge_over_ranks(local: Moments, offset: Tensor, group: ProcessGroup) -> Moments:
-    """Merge the moments of every rank of `group`, weighted by their counts; an empty rank counts nothing.
+def sum_over_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum of every rank's `x`, in float64: one all-reduce forward, and one for each gradient, of any order."""
+    return _AllReduceSum.apply(x.to(torch.float64), group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def pool_over_ranks(local: Moments, offset: Tensor, group: ProcessGroup) -> tuple[Tensor, Moments]:
+    """Pool the moments of every rank of `group`, without gradient; a rank without samples counts nothing.
+
+    pivot = Σ n_r offset_r / n,  δ_r = (offset_r - pivot) + mean_r
+    mean = Σ n_r δ_r / n,  M2 = Σ M2_r + n_r (δ_r - mean)²
 
     Each rank's mean is given relative to its own `offset` (see `reference.batch_norm.center`), and the result is
-    relative to this rank's: the difference of two offsets is exact where their sum would be rounded.
+    relative to the pivot: the difference of two offsets is exact where their sum would be rounded.
 
-    One all-reduce of (ranks, 3C + 1) numbers forward, one backward. Every rank must call this the same number of times.
+    One all-reduce of (ranks, 3C + 1) numbers. Every rank must call this the same number of times.
+
+    Returns:
+        the pivot and the moments relative to it, in float64, the same bits on every rank.
     """
     world, rank, features = dist.get_world_size(group), dist.get_rank(group), offset.numel()
-    own = torch.cat([local.count.view(1), offset, local.mean, local.m2])
+    own = torch.cat([part.detach().to(torch.float64) for part in (local.count.view(1), offset, local.mean, local.m2)])
     # A sum over ranks of rows that are zero but for one's own is a gather; unlike gather, every backend has it.
     before, after = own.new_zeros(rank, own.numel()), own.new_zeros(world - rank - 1, own.numel())
-    rows: Tensor = _AllReduceSum.apply(torch.cat([before, own[None], after]), group)  # type: ignore[no-untyped-call]
+    rows = sum_over_ranks(torch.cat([before, own[None], after]), group)
     counts, offsets, means, m2s = rows.split([1, features, features, features], dim=1)
-    groups = [
-        Moments(count.squeeze(0), (other.detach() - offset) + mean, m2)
-        for count, other, mean, m2 in zip(counts, offsets, means, m2s, strict=True)
-    ]
-    # A rank without samples has no mean: keep its zeros from being shifted into one.
-    groups = [Moments(g.count, torch.where(g.count > 0, g.mean, 0), g.m2) for g in groups]
-    return reduce(merge_moments, groups)
+    count = counts.sum()
+    share = counts / count.clamp(min=1)
+    pivot = (share * offsets).sum(0)
+    relative = (offsets - pivot) + means
+    mean = (share * relative).sum(0)
+    return pivot, Moments(count, mean, m2s.sum(0) + (counts * (relative - mean).square()).sum(0))
+
+
+def merge_over_ranks(local: Moments, offset: Tensor, group: ProcessGroup) -> Moments:
+    """What `pool_over_ranks` returns, relative to this rank's `offset` and in its dtype."""
+    pivot, pooled = pool_over_ranks(local, offset, group)
+    return Moments(*(part.to(offset.dtype) for part in pooled._replace(mean=(pivot - offset) + pooled.mean)))

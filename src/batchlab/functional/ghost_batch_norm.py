@@ -65,7 +65,6 @@ def _normalize(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | Non
             activation=None,
             residual=None,
             mask=None,
-            process_group=None,
             backend="aten" if backend == "shifted_aten" else backend,
         )
         m2 = var * max(size - 1, 0)
