@@ -15,7 +15,14 @@ from batchlab.functional.batch_norm_checks import (
     check_running,
     check_sample_count,
 )
-from batchlab.functional.batch_norm_fused import evaluate_fused, is_plain, normalize_and_update, serves
+from batchlab.functional.batch_norm_fused import (
+    evaluate_directly,
+    evaluate_fused,
+    is_plain,
+    normalize_and_update,
+    serves,
+    train_directly,
+)
 from batchlab.functional.batch_norm_ranks import moments_over_ranks, normalize_over_ranks
 from batchlab.functional.batch_norm_training import (
     BACKENDS,
@@ -110,6 +117,16 @@ def batch_norm(
     >>> mean.tolist()
     [0.20000000298023224, 2.0]
     """
+    if backend == "auto" and mask is None and process_group is None and nonfinite == "propagate":
+        y = (
+            train_directly(
+                x, running_mean, running_var, weight, bias, momentum, eps, activation, residual, num_batches_tracked
+            )
+            if training
+            else evaluate_directly(x, running_mean, running_var, weight, bias, eps, activation, residual)
+        )
+        if y is not None:
+            return y
     check_input(x, {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias})
     check_running(running_mean, running_var)
     check_activation(activation)

@@ -12,7 +12,16 @@ from batchlab.functional.running_statistics import update_in_place
 from batchlab.kernels import batch_norm as kernel
 from batchlab.reference import batch_norm as reference
 
-__all__ = ["evaluate_fused", "is_plain", "normalize_and_update", "normalize_fused", "of_channels", "serves"]
+__all__ = [
+    "evaluate_directly",
+    "evaluate_fused",
+    "is_plain",
+    "normalize_and_update",
+    "normalize_fused",
+    "of_channels",
+    "serves",
+    "train_directly",
+]
 
 ACTIVATIONS: Final = {number: name for name, number in kernel.ACTIVATIONS.items()}
 
@@ -161,3 +170,65 @@ def evaluate_fused(
         eps,
         kernel.ACTIVATIONS[activation],
     )[0]
+
+
+def _at_once(x: Tensor) -> bool:
+    return (
+        x.is_cpu
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        and kernel.available()
+    )
+
+
+def train_directly(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+    num_batches_tracked: Tensor | None,
+) -> Tensor | None:
+    """The usual call in training, without the checks in Python, which take as long as a small batch itself.
+
+    The operation looks at everything before it changes anything. None: it does not take this call, or something is
+    wrong with it; the long way takes it then, or says what.
+    """
+    if running_mean is None or running_var is None or momentum is None or not 0 <= momentum <= 1:
+        return None
+    if not _at_once(x) or x.ndim < 2 or x.numel() <= x.shape[1] or activation not in kernel.ACTIVATIONS:
+        return None
+    if running_mean.requires_grad or running_var.requires_grad:
+        return None
+    running = running_mean, running_var, num_batches_tracked, momentum
+    try:
+        return kernel.forward(x, weight, bias, residual, *running, eps, kernel.ACTIVATIONS[activation])[0]
+    except RuntimeError:
+        return None
+
+
+def evaluate_directly(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+) -> Tensor | None:
+    """The usual call in evaluation; None as in `train_directly`."""
+    if mean is None or var is None or mean.requires_grad or var.requires_grad or activation not in kernel.ACTIVATIONS:
+        return None
+    if not _at_once(x) or x.ndim < 2 or x.numel() == 0:
+        return None
+    try:
+        return kernel.evaluate(x, mean, var, weight, bias, residual, eps, kernel.ACTIVATIONS[activation])[0]
+    except RuntimeError:
+        return None
