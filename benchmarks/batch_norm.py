@@ -148,7 +148,7 @@ def main() -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"geometric mean {geometric_mean(ratios):.2f} times faster, worst shape {min(ratios):.2f}, {len(ratios)} shapes; "
+        f"geometric mean {geometric_mean(ratios):.2f} times faster, worst {min(ratios):.2f}, {len(ratios)} shapes; "
         f"{LIMIT[options.what]:g} copies of each would be {geometric_mean(limits):.2f} times faster"
     )
 
