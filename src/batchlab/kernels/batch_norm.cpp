@@ -77,8 +77,13 @@ std::tuple<Tensor, Tensor> evaluate(Tensor x, Tensor mean, Tensor variance, Opti
     using A = typename Computed<T>::type;
     const Parameters<A> parameters{data_or_null<A>(weight), data_or_null<A>(bias), eps};
     const auto numbers = numbers_in<A>(saved, channels);
-    for (int64_t c = 0; c < channels; ++c)
-      parameters.prepare(numbers, c, number_of(mean, c), 0, number_of(variance, c));
+    Scratch<double> given(3 * channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      given[c] = number_of(mean, c);
+      given[channels + c] = 0;
+      given[2 * channels + c] = number_of(variance, c);
+    }
+    parameters.prepare(numbers, 0, channels, given + 0, given + channels, given + 2 * channels);
     if (x.numel() > 0) normalize_given<T, A>(x, other, y, numbers, activation);
   });
   return {y, saved};
@@ -97,9 +102,11 @@ Tensor moments(Tensor x) {
     const Layout layout = layout_of<typename Computed<T>::type>(x);
     with_moments<T>(
         static_cast<const T*>(x.const_data_ptr()), layout, 0.0,
-        [&](int64_t c, double mean, double rest, double variance) {
-          found[c] = mean + rest;
-          found[channels + c] = variance;
+        [&](int64_t from, int64_t to, const double* mean, const double* rest, const double* variance) {
+          for (int64_t c = from; c < to; ++c) {
+            found[c] = mean[c - from] + rest[c - from];
+            found[channels + c] = variance[c - from];
+          }
         },
         [](int64_t, int64_t) {}, [](int64_t, int64_t, int64_t, int64_t) {}, [](const Section&, const Block&) {});
   });
@@ -132,9 +139,9 @@ Tensor gradient_sums(Tensor gradient, Tensor x, Optional output, Optional residu
     using T = decltype(type);
     const Layout layout = layout_of<typename Computed<T>::type>(x);
     with_problem<T>(x, given.gradient, given.output, given.residual, saved, activation, [&](const auto& problem) {
-      const auto summed = [&](int64_t c, double one, double two) {
-        sums[c] = one;
-        sums[channels + c] = two;
+      const auto summed = [&](int64_t from, int64_t to, const double* one, const double* two) {
+        std::copy(one, one + (to - from), sums + from);
+        std::copy(two, two + (to - from), sums + channels + from);
       };
       with_sums<T>(layout, problem, summed, false);
     });
@@ -173,13 +180,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor gradient, Tensor x, O
       problem.residual_gradient = own ? static_cast<T*>(residual_gradient.mutable_data_ptr()) : nullptr;
       problem.factors = {factors + 0, channels};
       problem.count = count == 0 ? static_cast<double>(layout.count) : count;
-      const auto summed = [&](int64_t c, double one, double two) {
-        of_weight[c] = static_cast<A>(problem.prepare(c, one, two));
-        of_bias[c] = static_cast<A>(one);
+      const auto summed = [&](int64_t from, int64_t to, const double* one, const double* two) {
+        problem.prepare(from, to, one, two, of_weight, of_bias);
       };
       if (!sums) return with_sums<T>(layout, problem, summed, true);
       const double* all = static_cast<const double*>(sums->const_data_ptr());
-      for (int64_t c = 0; c < channels; ++c) summed(c, all[c], all[channels + c]);
+      summed(0, channels, all, all + channels);
       without_sums<T>(layout, problem);
     });
   });

@@ -179,14 +179,20 @@ struct Backward {
         });
   }
 
-  // Σ g and Σ g (x - mean) of a channel to the factors; returns Σ g x̂.
-  double prepare(int64_t c, double one, double two) const {
-    const double inverse = saved[kInverse][c], rest = saved[kRest][c], a = saved[kScale][c];
-    const double centered = (two - rest * one) * inverse;
-    const double b = -a * centered * inverse / count;
-    factors[0][c] = static_cast<A>(b);
-    factors[1][c] = static_cast<A>(-a * one / count - b * rest);
-    return centered;
+  // Σ g and Σ g (x - mean) of channels [from, to), the first at 0, to the factors and to Σ g x̂ and Σ g.
+  void prepare(int64_t from, int64_t to, const double* __restrict one, const double* __restrict two,
+               A* __restrict of_weight, A* __restrict of_bias) const {
+    const A *__restrict inverse = saved[kInverse] + from, *__restrict rest = saved[kRest] + from;
+    const A* __restrict scale = saved[kScale] + from;
+    A *__restrict b = factors[0] + from, *__restrict c = factors[1] + from;
+    const double share = given() ? 0 : 1 / count;
+    for (int64_t i = 0; i < to - from; ++i) {
+      const double centered = (two[i] - rest[i] * one[i]) * inverse[i], slope = -scale[i] * centered * inverse[i] * share;
+      b[i] = static_cast<A>(slope);
+      c[i] = static_cast<A>(-scale[i] * one[i] * share - slope * rest[i]);
+      of_weight[from + i] = static_cast<A>(centered);
+      of_bias[from + i] = static_cast<A>(one[i]);
+    }
   }
 };
 
@@ -214,9 +220,9 @@ struct GradientColumns {
   typename Problem::Columns operator()() const { return {data + 0, padded, problem.given()}; }
 };
 
-// Sums of all channels, and what follows from them: summed(channel, Σ g, Σ g (x - mean)) for each, then what the tiles
-// or blocks become.
-using Summed = Call<void(int64_t channel, double one, double two)>;
+// Sums of all channels, and what follows from them: summed(first channel, last channel, Σ g, Σ g (x - mean)) for some, then
+// what the tiles or blocks become.
+using Summed = Call<void(int64_t from, int64_t to, const double* one, const double* two)>;
 
 template <class T, class Problem>
 void with_sums(const Layout& layout, const Problem& problem, Summed summed, bool finish) {
@@ -227,10 +233,11 @@ void with_sums(const Layout& layout, const Problem& problem, Summed summed, bool
         [&](int64_t a, int64_t b, int64_t first, int64_t last, double* one, double* two) {
           problem.sum_tile(layout, a, b, first, last, one, two);
         },
-        [&](int64_t c, double one, double two) {
-          summed(c, one, two);
+        [&](int64_t from, int64_t to, const double* one, const double* two) {
+          summed(from, to, one, two);
           return true;
         },
+        [](int64_t, double, double) { return true; },
         [&](int64_t a, int64_t b, int64_t first, int64_t last) {
           if (finish) problem.finish_tile(layout, a, b, first, last);
         });
@@ -243,7 +250,7 @@ void with_sums(const Layout& layout, const Problem& problem, Summed summed, bool
         problem.sum_block(columns(), section, block, one, two, static_cast<A*>(scratch));
       },
       [&](int64_t from, int64_t to, const Totals& totals) {
-        for (int64_t c = from; c < to; ++c) summed(c, totals.one[c], totals.two[c]);
+        summed(from, to, totals.one + from, totals.two + from);
         if (finish) columns.fill(from, to);
         return true;
       },

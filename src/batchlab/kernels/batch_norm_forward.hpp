@@ -21,19 +21,26 @@ struct Parameters {
   const A* bias;
   double eps;
 
-  // From mean and variance to what is applied, in double.
-  void prepare(const ChannelNumbers<A>& numbers, int64_t c, double mean, double rest, double variance) const {
-    const double inverse = 1 / std::sqrt(variance + eps);
-    const A high = static_cast<A>(mean);
-    const double low = (mean - high) + rest;
-    const double scale = inverse * (weight ? weight[c] : 1);
-    numbers[kMean][c] = high;
-    numbers[kRest][c] = static_cast<A>(low);
-    numbers[kInverse][c] = static_cast<A>(inverse);
-    numbers[kScale][c] = static_cast<A>(scale);
-    // x - high is exact or nearly so; what the mean has beyond `high` is taken off behind the scale.
-    numbers[kShift][c] = static_cast<A>((bias ? bias[c] : 0) - low * scale);
-    numbers[kVariance][c] = static_cast<A>(variance);
+  // From mean and variance of channels [from, to), the first at 0, to what is applied, in double.
+  void prepare(const ChannelNumbers<A>& numbers, int64_t from, int64_t to, const double* __restrict mean,
+               const double* __restrict rest, const double* __restrict variance) const {
+    A *__restrict high = numbers[kMean] + from, *__restrict low = numbers[kRest] + from;
+    A *__restrict inverse = numbers[kInverse] + from, *__restrict scale = numbers[kScale] + from;
+    A *__restrict shift = numbers[kShift] + from, *__restrict kept = numbers[kVariance] + from;
+    const A *__restrict w = weight ? weight + from : nullptr, *__restrict b = bias ? bias + from : nullptr;
+    const double more = eps;
+    for (int64_t i = 0; i < to - from; ++i) {
+      const double v = 1 / std::sqrt(variance[i] + more), s = w ? v * w[i] : v;
+      const A rounded = static_cast<A>(mean[i]);
+      const double lost = (mean[i] - rounded) + rest[i];
+      high[i] = rounded;
+      low[i] = static_cast<A>(lost);
+      inverse[i] = static_cast<A>(v);
+      scale[i] = static_cast<A>(s);
+      // x - high is exact or nearly so; what the mean has beyond `high` is taken off behind the scale.
+      shift[i] = static_cast<A>((b ? b[i] : 0) - lost * s);
+      kept[i] = static_cast<A>(variance[i]);
+    }
   }
 };
 
@@ -58,21 +65,27 @@ struct Moments {
 
   // The mean of some of the first values: near the mean of all, or `settle` finds out that it is not.
   void choose_pivot(int64_t from, int64_t to) {
-    if (!layout.rows) {
-      const int64_t some = std::min<int64_t>(layout.size, 16);
-      for (int64_t c = from; c < to; ++c) {
-        A total = 0;
-        for (int64_t i = 0; i < some; ++i) total += static_cast<A>(as_double(x[c * layout.size + i]));
-        set_pivot(c, total / some);
-      }
+    constexpr int width = kWidth<A>;
+    if (!layout.rows) {  // planes have a vector at least
+      for (int64_t c = from; c < to; ++c)
+        set_pivot(c, static_cast<A>(sum(Memory<T>::load(x + c * layout.size)) / width));
       return;
     }
     const int64_t some = std::min<int64_t>(layout.count / layout.part, 8);
     const int64_t stride = layout.channels * layout.part;
-    for (int64_t c = from; c < to; ++c) pivot[c] = 0;
-    for (int64_t row = 0; row < some; ++row)
-      for (int64_t c = from; c < to; ++c) pivot[c] += static_cast<A>(as_double(x[row * stride + c * layout.part]));
-    for (int64_t c = from; c < to; ++c) set_pivot(c, pivot[c] / some);
+    int64_t c = from;
+    if (layout.part == 1)
+      for (; c + width <= to; c += width) {
+        Lanes<A> total = {};
+        for (int64_t row = 0; row < some; ++row) total += Memory<T>::load(x + row * stride + c);
+        const Lanes<A> mean = total / static_cast<A>(some), zero = {};
+        Memory<A>::store(pivot + c, mean - mean == zero ? mean : zero);
+      }
+    for (; c < to; ++c) {
+      A total = 0;
+      for (int64_t row = 0; row < some; ++row) total += static_cast<A>(as_double(x[row * stride + c * layout.part]));
+      set_pivot(c, total / some);
+    }
   }
 
   void set_pivot(int64_t c, A value) { pivot[c] = std::isfinite(value) ? value : A(0); }
@@ -117,6 +130,24 @@ struct Moments {
         [&](Sums<A>& s, int64_t row, int64_t last, int64_t q, int64_t count) {
           add_some(s, columns, section, row, last, q, count);
         });
+  }
+
+  // Means and variances of channels [from, to), the first at 0, from their sums. False if one of them needs more than
+  // this: `settle` then.
+  bool settle_all(int64_t from, int64_t to, const double* __restrict one, const double* __restrict two, double eps,
+                  double* __restrict mean, double* __restrict rest, double* __restrict variance) const {
+    const A* __restrict pivots = pivot + from;
+    const double n = static_cast<double>(layout.count), least = eps >= 1e-30 || sizeof(A) == 8 ? 0 : 1e-30;
+    int64_t open = 0;
+    for (int64_t i = 0; i < to - from; ++i) {
+      const double near = pivots[i], shift = one[i] / n, whole = near + shift, part = whole - near;
+      const double square = shift * shift, found = two[i] / n - square, v = found > 0 ? found : 0;
+      mean[i] = whole;
+      rest[i] = (near - (whole - part)) + (shift - part);
+      variance[i] = v;
+      open += !((one[i] - one[i] == 0) & (two[i] - two[i] == 0) & (16 * v >= square) & (v >= least));
+    }
+    return open == 0;
   }
 
   // Mean and variance of a channel from its sums. False: the pivot was too far off, a better one is set.
@@ -218,9 +249,10 @@ struct Apply {
   }
 };
 
-// Moments of all channels, and what follows from them: settled(channel, mean, rest, variance) for each, then
-// ready(first channel, last channel) for some, then what the tiles or blocks of these become.
-using Settled = Call<void(int64_t channel, double mean, double rest, double variance)>;
+// Moments of all channels, and what follows from them: settled(first channel, last channel, mean, rest, variance) for
+// some, then ready(first channel, last channel), then what the tiles or blocks of these become.
+using Settled =
+    Call<void(int64_t from, int64_t to, const double* mean, const double* rest, const double* variance)>;
 using Ready = Call<void(int64_t from, int64_t to)>;
 
 template <class T>
@@ -229,10 +261,18 @@ void with_moments(const T* x, const Layout& layout, double eps, Settled settled,
   using A = typename Computed<T>::type;
   Moments<T> moments(x, layout);
   moments.choose_pivot(0, layout.channels);
-  const auto settle = [&](int64_t c, double one, double two) {
+  const auto settle = [&](int64_t from, int64_t to, const double* one, const double* two) {
+    const int64_t size = to - from;
+    Scratch<double> found(3 * size);
+    double *mean = found + 0, *rest = found + size, *variance = found + 2 * size;
+    if (!moments.settle_all(from, to, one, two, eps, mean, rest, variance)) return false;
+    settled(from, to, mean, rest, variance);
+    return true;
+  };
+  const auto settle_one = [&](int64_t c, double one, double two) {
     double mean, rest, variance;
     const bool done = moments.settle(c, one, two, eps, mean, rest, variance);
-    settled(c, mean, rest, variance);
+    settled(c, c + 1, &mean, &rest, &variance);
     return done;
   };
   if (!layout.rows) {
@@ -241,7 +281,7 @@ void with_moments(const T* x, const Layout& layout, double eps, Settled settled,
         [&](int64_t a, int64_t b, int64_t first, int64_t last, double* one, double* two) {
           moments.sum_tile(a, b, first, last, one, two);
         },
-        settle, finish_tile);
+        settle, settle_one, finish_tile);
     return;
   }
   Scratch<A> pivots(padded_columns<A>(layout));
@@ -252,8 +292,11 @@ void with_moments(const T* x, const Layout& layout, double eps, Settled settled,
         moments.sum_block(pivots + 0, section, block, one, two, static_cast<A*>(scratch));
       },
       [&](int64_t from, int64_t to, const Totals& totals) {
-        bool done = true;
-        for (int64_t c = from; c < to; ++c) done &= settle(c, totals.one[c], totals.two[c]);
+        bool done = settle(from, to, totals.one + from, totals.two + from);
+        if (!done) {
+          done = true;
+          for (int64_t c = from; c < to; ++c) done &= settle_one(c, totals.one[c], totals.two[c]);
+        }
         if (!done) spread(layout, moments.pivot + 0, pivots + 0, from, to);
         ready(from, to);
         return done;
@@ -302,8 +345,8 @@ void normalize(const Tensor& x, const std::optional<Tensor>& residual, Tensor& y
   with_apply<T>(x, residual, y, activation, [&](const auto& apply) {
     with_moments<T>(
         apply.x, layout, parameters.eps,
-        [&](int64_t c, double mean, double rest, double variance) {
-          parameters.prepare(numbers, c, mean, rest, variance);
+        [&](int64_t from, int64_t to, const double* mean, const double* rest, const double* variance) {
+          parameters.prepare(numbers, from, to, mean, rest, variance);
         },
         [&](int64_t from, int64_t to) { columns.fill(from, to); },
         [&](int64_t a, int64_t b, int64_t first, int64_t last) { apply.tile(layout, numbers, a, b, first, last); },

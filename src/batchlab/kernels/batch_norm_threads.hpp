@@ -159,17 +159,21 @@ struct Cut {
   }
 };
 
-// For each tile of planes: sum, settle, apply; settle(channel, one, two) is false if the channel is to be summed again.
+// For each tile of planes: sum, settle, apply. settle(first channel, last channel, sums) looks at all of them at once, and
+// is false if some need more: then settle_one(channel, sums) looks at each, and is false if it is to be summed again.
 using SumTile = Call<void(int64_t from, int64_t to, int64_t first, int64_t last, double* one, double* two)>;
-using SettleChannel = Call<bool(int64_t channel, double one, double two)>;
+using Settle = Call<bool(int64_t from, int64_t to, const double* one, const double* two)>;
+using SettleOne = Call<bool(int64_t channel, double one, double two)>;
 using FinishTile = Call<void(int64_t from, int64_t to, int64_t first, int64_t last)>;
 
-inline void in_tiles(const Layout& layout, int64_t bytes, SumTile sum_tile, SettleChannel settle, FinishTile finish) {
+inline void in_tiles(const Layout& layout, int64_t bytes, SumTile sum_tile, Settle settle, SettleOne settle_one,
+                     FinishTile finish) {
   const Cut cut(layout, bytes);
   const int64_t channels = layout.channels;
   const auto settle_all = [&](int64_t from, int64_t to, double* one, double* two) {
+    if (settle(from, to, one + from, two + from)) return;
     for (int64_t c = from; c < to; ++c)
-      for (int look = 1; !settle(c, one[c], two[c]) && look < kMostLooks; ++look) {
+      for (int look = 1; !settle_one(c, one[c], two[c]) && look < kMostLooks; ++look) {
         one[c] = two[c] = 0;
         sum_tile(c, c + 1, 0, layout.samples, one, two);
       }

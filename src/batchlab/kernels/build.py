@@ -23,7 +23,16 @@ from batchlab.kernels.source import Source, included
 
 __all__ = ["BuildError", "build", "cache_folder", "compiled", "find_compiler", "load", "writable"]
 
-FLAGS: Final = ("-O3", "-march=native", "-std=c++20", "-Wno-psabi", "-fPIC", "-shared", "-fvisibility=hidden")
+FLAGS: Final = (
+    "-O3",
+    "-march=native",
+    "-std=c++20",
+    "-fno-math-errno",
+    "-Wno-psabi",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+)
 """Those of all kernels; hidden, so that two versions of one in a process do not take each other's functions."""
 
 TIMEOUT: Final = 300.0
