@@ -129,7 +129,8 @@ struct Moments {
     variance = std::max(two / n - shift * shift, 0.0);
     if (two != two) variance = two;
     if (std::isfinite(one) && std::isfinite(two)) {
-      if (16 * variance < shift * shift) {
+      const bool lost = sizeof(A) == 4 && eps < 1e-30 && two / n < 1e-30;  // squares too small for float: no pivot helps
+      if (!lost && 16 * variance < shift * shift) {
         const A better = static_cast<A>(mean);
         if (better != pivot[c]) {
           pivot[c] = better;
