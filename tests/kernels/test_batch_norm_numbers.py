@@ -152,6 +152,24 @@ def test_running_statistics_move_from_anywhere(momentum: float, start: float, dt
         assert ((moved.double() - expected).abs() <= 2e-7 * (abs((1 - momentum) * start) + 1 + batch.abs())).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_batches_are_counted_in_any_integer_type(dtype: torch.dtype) -> None:
+    batches = torch.tensor(4, dtype=dtype)
+    mean, var = torch.zeros(5), torch.ones(5)
+    x = torch.randn(40, 5)
+    functional.batch_norm(x, mean, var, training=True, backend="fused", num_batches_tracked=batches)
+    assert batches == 5
+    torch.testing.assert_close(mean, 0.1 * x.mean(0))
+
+
+def test_an_activation_of_very_negative_numbers_is_nothing() -> None:
+    x = torch.tensor([[-1e38, -1e30, -1e10, -100.0, -89.0, -88.0]]).repeat(4, 1)
+    zero, one = torch.zeros(6), torch.ones(6)
+    for activation in ("silu", "sigmoid"):
+        y = functional.batch_norm(x, zero, one, activation=activation, backend="fused")
+        assert (y.abs() <= 1e-36).all()
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 3, 4), (2, 3, 0), (2, 0, 3, 3), (0, 0)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_numbers_at_all(shape: tuple[int, ...], dtype: torch.dtype) -> None:
