@@ -6,6 +6,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from batchlab.functional.activation import gradient_from_input, gradient_from_output
 from batchlab.functional.running_statistics import update_in_place
@@ -16,6 +17,7 @@ __all__ = [
     "evaluate_directly",
     "evaluate_fused",
     "is_plain",
+    "is_transformed",
     "normalize_and_update",
     "normalize_fused",
     "of_channels",
@@ -26,15 +28,20 @@ __all__ = [
 ACTIVATIONS: Final = {number: name for name, number in kernel.ACTIVATIONS.items()}
 
 
+def is_transformed() -> bool:
+    """Whether `torch.func` or forward-mode derivatives are at work: they see through plain operations alone."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def serves(x: Tensor, residual: Tensor | None) -> bool:
-    """Whether the kernel takes this input: on the CPU, not empty, not in `torch.func`, not to be exported."""
+    """Whether the kernel takes this input: on the CPU, not empty, not transformed, not to be exported."""
     return (
         x.is_cpu
         and x.dtype in kernel.DTYPES
         and (residual is None or (residual.dtype == x.dtype and residual.is_cpu))
         and x.numel() > 0
         and type(x) in (Tensor, torch.nn.Parameter)
-        and not torch._C._are_functorch_transforms_active()
+        and not is_transformed()
         and not torch.compiler.is_exporting()  # who loads the model may not have the kernel
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and kernel.available()
@@ -122,6 +129,11 @@ def is_plain(running: Tensor) -> bool:
     )
 
 
+def _counts(batches: Tensor | None) -> bool:
+    """Whether the kernel increments this number of batches; torch's layers have it in int64."""
+    return batches is None or batches.dtype == torch.int64
+
+
 def normalize_and_update(
     x: Tensor,
     running_mean: Tensor | None,
@@ -138,7 +150,8 @@ def normalize_and_update(
     """Training in one kernel, which moves the running statistics too where a plain average is all there is to do."""
     if running_mean is None or running_var is None:
         return normalize_fused(x, weight, bias, eps, activation, residual)[0]
-    if momentum is not None and nonfinite == "propagate" and is_plain(running_mean) and is_plain(running_var):
+    plain = is_plain(running_mean) and is_plain(running_var) and _counts(num_batches_tracked)
+    if plain and momentum is not None and nonfinite == "propagate":
         running = running_mean, running_var, num_batches_tracked, momentum
         return normalize_fused(x, weight, bias, eps, activation, residual, running)[0]
     y, numbers = normalize_fused(x, weight, bias, eps, activation, residual)
@@ -177,7 +190,7 @@ def _at_once(x: Tensor) -> bool:
         x.is_cpu
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not is_transformed()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and kernel.available()
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchlab.functional.activation import activate
-from batchlab.functional.batch_norm_fused import serves
+from batchlab.functional.batch_norm_fused import is_transformed, serves
 from batchlab.reference import batch_norm as reference
 
 if TYPE_CHECKING:
@@ -132,9 +132,10 @@ def choose_backend(
 
     "auto" takes the fused kernel on the CPU, and elsewhere torch's operation on the input shifted by its mean:
     unshifted, its float32 error grows with mean/std (4e-4 for (N, C) inputs and 6e-3 for channels-last ones at
-    mean/std 1e3). Masks, empty batches and `torch.func` are the reference's. Over ranks the choice is for what this one
-    computes by itself, the kernel or the reference (see `batch_norm_ranks`). An explicit backend never falls back: what
-    it cannot do is an error, save for a rank that is empty, whose error the other ranks would wait for.
+    mean/std 1e3). Masks, empty batches, `torch.func` and forward-mode derivatives are the reference's. Over ranks the
+    choice is for what this one computes by itself, the kernel or the reference (see `batch_norm_ranks`). An explicit
+    backend never falls back: what it cannot do is an error, save for a rank that is empty, whose error the other ranks
+    would wait for.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed are {', '.join(map(repr, BACKENDS))}")
@@ -149,14 +150,12 @@ def choose_backend(
     if backend == "fused" and not fused and (process_group is None or x.numel() > 0):
         raise ValueError(
             f"backend='fused' does not take this call (x: {x.dtype} on {x.device}, {x.numel()} numbers): it needs a "
-            "compiled kernel, a CPU tensor that is not empty, a residual of x's dtype, and neither torch.compile nor "
-            "torch.func; use backend='auto'"
+            "compiled kernel, a CPU tensor that is not empty, a residual of x's dtype, and neither torch.export, "
+            "torch.func nor forward-mode derivatives; use backend='auto'"
         )
     if fused:
         return "fused"
-    # torch.func's transforms (grad, vmap, hessian) see through plain operations, not through an autograd.Function.
-    transformed = torch._C._are_functorch_transforms_active()
-    plain = mask is None and process_group is None and x.numel() > 0 and not transformed
+    plain = mask is None and process_group is None and x.numel() > 0 and not is_transformed()
     return "shifted_aten" if backend == "auto" and plain else "reference"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import reduce
 from typing import Final
 
@@ -94,7 +93,7 @@ def move_in_place(
 
 def check_momentum(momentum: float | None) -> None:
     """Raise ValueError unless `momentum` is None or a number from 0 to 1, the weight of the new value."""
-    if momentum is not None and not (math.isfinite(momentum) and 0 <= momentum <= 1):
+    if momentum is not None and not 0 <= momentum <= 1:  # NaN is not either
         raise ValueError(
             f"momentum is {momentum}; it is the weight of the newest batch, from 0 to 1, or None for the plain average "
             "(other libraries' `decay` is 1 - momentum)"

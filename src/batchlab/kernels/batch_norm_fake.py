@@ -15,8 +15,13 @@ def _of_channels(x: Tensor, *rows: int) -> Tensor:
     return x.new_empty((*rows, x.shape[1]), dtype=dtype)
 
 
+def _alike(x: Tensor) -> Tensor:
+    # Not `empty_like`, which gives dimensions of size 1 strides of its own choice.
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
 def _normalized(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device), _of_channels(x, 6)
+    return _alike(x), _of_channels(x, 6)
 
 
 def _moments(x: Tensor) -> Tensor:
@@ -30,9 +35,8 @@ def _gradient_sums(_gradient: Tensor, x: Tensor, *_: object) -> Tensor:
 def _gradients(_gradient: Tensor, x: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     activation, residual_needed = others[-2:]
     own = residual_needed and activation != 0
-    like_x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-    of_residual = torch.empty_like(like_x) if own else _of_channels(x).new_empty(0)
-    return like_x, of_residual, _of_channels(x), _of_channels(x)
+    of_residual = _alike(x) if own else _of_channels(x).new_empty(0)
+    return _alike(x), of_residual, _of_channels(x), _of_channels(x)
 
 
 def describe_results() -> None:

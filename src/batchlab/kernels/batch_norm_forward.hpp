@@ -160,7 +160,8 @@ struct Moments {
     variance = std::max(two / n - shift * shift, 0.0);
     if (two != two) variance = two;
     if (std::isfinite(one) && std::isfinite(two)) {
-      if (16 * variance < shift * shift) {
+      const bool lost = sizeof(A) == 4 && eps < 1e-30 && two / n < 1e-30;  // squares too small for float: no pivot helps
+      if (!lost && 16 * variance < shift * shift) {
         const A better = static_cast<A>(mean);
         if (better != pivot[c]) {
           pivot[c] = better;
@@ -381,7 +382,9 @@ void move(const std::optional<Tensor>& running, int64_t channels, double momentu
   const auto average = [&](auto* values) {
     for (int64_t c = 0; c < channels; ++c) {
       const double value = (static_cast<double>(batch[c]) + (more ? more[c] : 0)) * factor;
-      values[c] = static_cast<std::remove_reference_t<decltype(values[0])>>(values[c] + momentum * (value - values[c]));
+      const double old = values[c];  // from the nearer end, as torch.lerp: momentum 1 gives the batch's value itself
+      values[c] = static_cast<std::remove_reference_t<decltype(values[0])>>(
+          momentum < 0.5 ? old + momentum * (value - old) : value - (1 - momentum) * (value - old));
     }
   };
   if (running->scalar_type() == ScalarType::Double)

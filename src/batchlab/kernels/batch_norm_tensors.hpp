@@ -33,7 +33,7 @@ inline Tensor empty_as(const Tensor& x) {
 
 inline Tensor empty(int64_t dimensions, const int64_t* sizes, bool wide) {
   AtenTensorHandle handle;
-  const int64_t strides[2] = {dimensions == 2 ? sizes[1] : 1, 1};
+  const int64_t strides[2] = {dimensions == 2 ? std::max<int64_t>(1, sizes[1]) : 1, 1};  // as torch has them
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes, strides,
                                                          static_cast<int32_t>(wide ? ScalarType::Double : ScalarType::Float),
                                                          aoti_torch_device_type_cpu(), 0, &handle));
@@ -135,7 +135,7 @@ inline void check_input(const Tensor& x) {
 
 inline void check_numbers(const Tensor& numbers, int64_t rows, int64_t channels, bool wide, const char* name) {
   STD_TORCH_CHECK(numbers.dim() == 2 && numbers.size(0) == rows && numbers.size(1) == channels &&
-                      (channels < 2 || numbers.stride(1) == 1) && numbers.stride(0) == channels &&
+                      (channels < 2 || numbers.stride(1) == 1) && numbers.stride(0) == std::max<int64_t>(1, channels) &&
                       numbers.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
                   "batch_norm: ", name, " must be contiguous (", rows, ", ", channels, ") in ",
                   wide ? "float64" : "float32");

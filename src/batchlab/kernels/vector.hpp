@@ -233,8 +233,9 @@ inline double sum(Lanes<float> lanes) {
 }
 
 // e^x within 2 units in the last place: x = n ln 2 + r, |r| <= ln 2 / 2, Taylor's series to r^7/7! (the next is 5e-9).
+// Infinity from 88.4 on, where n is 128, so that a sigmoid of -inf is 0.
 inline Lanes<float> exponential(Lanes<float> x) {
-  const Lanes<float> low = all(-87.0f), high = all(88.0f);
+  const Lanes<float> low = all(-87.0f), high = all(89.0f);
   x = x < low ? low : x;
   x = x > high ? high : x;
   const Lanes<float> magic = all(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer
