@@ -151,7 +151,7 @@ def test_no_order_of_the_numbers_spoils_the_pivot(last: bool) -> None:
     functional.batch_norm(x, mean, var, training=True, momentum=1.0, backend="fused")
     exact = x.double().transpose(0, 1).flatten(1)
     assert ((mean.double() - exact.mean(1)).abs() <= 1e-7 * (exact.std(1) + exact.mean(1).abs())).all()
-    torch.testing.assert_close(var.double(), exact.var(1), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(var.double(), exact.var(1), rtol=3e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("shape", [(40, 6), (5, 6, 7, 7)])

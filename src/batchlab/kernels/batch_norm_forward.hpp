@@ -169,11 +169,11 @@ struct Moments {
         }
       }
       if (variance >= 1e-30 || eps >= 1e-30 || sizeof(A) == 8) return true;
-    } else if (!std::isfinite(one) || sizeof(A) == 8) {
+    } else if (sizeof(A) == 8) {
       return true;  // inf or NaN in the input
     }
     rest = 0;
-    in_double(c, mean, variance);  // squares beyond what float can hold
+    in_double(c, mean, variance);  // sums or squares beyond what float can hold, or an input with inf or NaN
     return true;
   }
 
