@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchlab.functional.activation import activate
-from batchlab.functional.batch_norm_fused import serves
+from batchlab.functional.batch_norm_fused import asks_for_kernel, serves
 from batchlab.functional.gather import merge_over_ranks
 from batchlab.reference import batch_norm as reference
 
@@ -145,8 +145,9 @@ def choose_backend(
 
     "auto" takes the fused kernel on the CPU, and elsewhere torch's operation on the input shifted by its mean:
     unshifted, its float32 error grows with mean/std (4e-4 for (N, C) inputs and 6e-3 for channels-last ones at
-    mean/std 1e3). Masks, ranks, empty batches and `torch.func` are the reference's. An explicit backend never falls
-    back: what it cannot do is an error.
+    mean/std 1e3). On a GPU the fused kernels, in Triton, are for who asks for them: nobody has measured them there yet.
+    Masks, ranks, empty batches and `torch.func` are the reference's. An explicit backend never falls back: what it
+    cannot do is an error.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed are {', '.join(map(repr, BACKENDS))}")
@@ -156,12 +157,12 @@ def choose_backend(
         raise ValueError(f"backend={backend!r} takes no {given}: use backend='auto' or 'reference'")
     if backend == "aten":
         return "aten"
-    fused = plain and backend != "reference" and serves(x, residual)
+    fused = plain and asks_for_kernel(backend, x) and serves(x, residual)
     if backend == "fused" and not fused:
         raise ValueError(
             f"backend='fused' does not take this call (x: {x.dtype} on {x.device}, {x.numel()} numbers): it needs a "
-            "compiled kernel, a CPU tensor that is not empty, a residual of x's dtype, and neither torch.compile nor "
-            "torch.func; use backend='auto'"
+            "compiled kernel (on a GPU Triton too), a tensor on the CPU or a GPU that is not empty, a residual of x's "
+            "dtype and device, and no torch.func, torch.export or torch.jit.trace; use backend='auto'"
         )
     if fused:
         return "fused"
