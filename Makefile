@@ -8,7 +8,7 @@ OUT    ?= runs/demo
 # One thread per process: parallel runs do not fight over cores, and timings mean something.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-gpu check format bench clean setup
+.PHONY: demo test test-gpu check format bench bench-gpu clean setup
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make test-gpu  the tests of the GPU kernels, where there is one"
 	@echo "make check   lint, types, import contracts"
 	@echo "make bench   measure on this machine; results are appended to benchmarks/results/"
+	@echo "make bench-gpu  batch norm on the GPU, where there is one"
 	@echo "make clean   remove caches and build products (runs/ and .venv/ stay)"
 
 setup: $(READY)
@@ -38,7 +39,7 @@ test: $(READY)
 
 # These run the same kernels in Triton's interpreter where there is no GPU, and skip what takes one, saying so.
 test-gpu: $(READY)
-	@$(BIN)/python -m pytest tests/kernels/test_batch_norm_gpu.py tests/kernels/test_batch_norm_triton.py tests/kernels/test_batch_norm_triton_statistics.py tests/kernels/test_batch_norm_triton_compiled.py
+	@$(BIN)/python -m pytest tests/kernels/test_batch_norm_gpu.py tests/kernels/test_batch_norm_gpu_layer.py tests/kernels/test_batch_norm_cuda.py tests/kernels/test_batch_norm_cuda_layer.py tests/kernels/test_batch_norm_triton.py tests/kernels/test_batch_norm_triton_statistics.py tests/kernels/test_batch_norm_triton_compiled.py
 
 check: $(READY)
 	@$(BIN)/ruff check .
@@ -52,6 +53,9 @@ format: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python -m benchmarks
+
+bench-gpu: $(READY)
+	@$(BIN)/python -m benchmarks.batch_norm_gpu
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

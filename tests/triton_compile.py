@@ -16,13 +16,14 @@ from triton.compiler import ASTSource
 from batchlab.kernels import batch_norm_triton as kernels
 from batchlab.kernels import batch_norm_triton_affine as affine
 from batchlab.kernels import batch_norm_triton_moments as moments
+from batchlab.kernels import batch_norm_triton_settle as once
 
 SIZES = {
     "steps": "i32",
     "per_program": "i32",
     "splits": "i32",
     "size": "i32",
-    "count": "i32",
+    "count": "i32",  # of merge_moments; a number in float64 of settle_gradients
     "channels": "i32",
     "plane": "i32",
 }
@@ -66,16 +67,39 @@ def found(kernel: Any, arguments: dict[str, Any], aligned: bool, capability: int
     }
 
 
+def settling() -> list[dict[str, Any]]:
+    """The kernels that have vectors of channels alone: everything given, and nothing that need not be."""
+    given = ["mean", "lost", "variance", "weight", "bias", "numbers", "running_mean", "running_var"]
+    given += ["sums", "of_weight", "of_bias", "factors"]
+    full = {**SIZES, **dict.fromkeys(given, "*fp32"), "batches": "*i64", "BLOCK_C": 128}
+    full |= dict.fromkeys(["count", "eps", "momentum", "correction"], "fp64")
+    optional = ["lost", "weight", "bias", "running_mean", "running_var", "batches", "factors"]
+    few = {**full, **dict.fromkeys(optional), "mean": "*fp64", "variance": "*fp64", "sums": "*fp64"}
+    return [
+        found(kernel, arguments, False, 90)
+        for kernel in (once.settle, once.settle_gradients)
+        for arguments in (full, few)
+    ]
+
+
 def main() -> None:
     assert not kernels.INTERPRETED
     assert not kernels.serves(torch.ones(2, 3))
     for tuned in (kernels._apply, kernels._input_gradient):
         assert set(tuned.keys) <= set(tuned.arg_names)
+    # Numbers that Triton would else take as float32: an eps, a momentum, a count.
+    wide = [
+        parameter.name
+        for kernel in (once.settle, once.settle_gradients)
+        for parameter in kernel.params
+        if parameter.annotation_type == "fp64"
+    ]
+    assert wide == ["eps", "momentum", "correction", "count"]
     results = []
     number, exact = "*bf16", "*fp32"
     tensors = dict.fromkeys(["x", "y", "grad", "output", "residual", "grad_x", "grad_residual"], number)
-    values = dict.fromkeys(["statistics", "weight", "bias", "sums", "out", "partial"], exact)
-    shared = {**SIZES, **tensors, **values, "EPS": 1e-5, "ACTIVATION": "relu", "WHOLE": False}
+    values = dict.fromkeys(["statistics", "numbers", "factors", "sums", "out", "partial"], exact)
+    shared = {**SIZES, **tensors, **values, "ACTIVATION": "relu", "WHOLE": False}
     reading = [affine.apply, affine.gradient_sums, affine.input_gradient, moments.moments]
     for rows, block_c, block_s in ((False, 4, 512), (True, 64, 32)):
         tile = {"ROWS": rows, "BLOCK_C": block_c, "BLOCK_S": block_s}
@@ -84,7 +108,7 @@ def main() -> None:
     merged = {**shared, "BLOCK_C": 8, "BLOCK_P": 256}
     results += [found(kernel, merged, True, 90) for kernel in (moments.merge_moments, affine.merge_sums)]
     # What is special: nothing optional, float64, sizes of one and beyond 2³¹, an older GPU.
-    bare = {**shared, "weight": None, "bias": None, "residual": None, "output": None, "grad_residual": None}
+    bare = {**shared, "factors": None, "residual": None, "output": None, "grad_residual": None}
     double = {**shared, **dict.fromkeys([*tensors, *values], "*fp64"), "output": None}
     single = {**bare, "channels": 1, "plane": 1, "ROWS": True, "BLOCK_C": 1, "BLOCK_S": 1, "WHOLE": True}
     single |= {"ACTIVATION": None}
@@ -93,6 +117,7 @@ def main() -> None:
     double |= {"ROWS": True, "BLOCK_C": 64, "BLOCK_S": 8, "ACTIVATION": "silu"}
     for special, capability in ((single, 90), (large, 80), (double, 80)):
         results += [found(kernel, special, False, capability) for kernel in reading]
+    results += settling()
     json.dump(results, sys.stdout)
 
 

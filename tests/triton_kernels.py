@@ -154,33 +154,31 @@ def torchs(
     return Step(output.detach(), grads[0], None if leaf is None else grads[3], grads[1], grads[2])
 
 
+def settled(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, statistics: Any = None
+) -> Tensor:
+    """The table of numbers of x, or of given statistics (3, C)."""
+    mean, lost, variance = (B.moments(x) if statistics is None else statistics).unbind()
+    numbers: Tensor = B.settle(mean, lost, variance, weight, bias, eps, mean.dtype)
+    return numbers
+
+
 def ours(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str | None, residual: Tensor | None, grad: Tensor
 ) -> Step:
     """The step by the kernels; from the output where the contract says so."""
-    statistics = B.moments(x)
-    output = B.apply(x, statistics, weight, bias, eps, activation, residual)
+    numbers = settled(x, weight, bias, eps)
+    output = B.apply(x, numbers, activation, residual)
     known = output if residual is not None else None
-    sums = B.gradient_sums(grad, x, statistics, weight, bias, eps, activation, known, residual)
+    sums = B.gradient_sums(grad, x, numbers, activation, known, residual)
+    grad_weight, grad_bias, factors = B.settle_gradients(sums, numbers, x.numel() // x.shape[1])
     grad_x, grad_residual = B.input_gradient(
-        grad,
-        x,
-        statistics,
-        sums,
-        x.numel() // x.shape[1],
-        weight,
-        bias,
-        eps,
-        activation,
-        known,
-        residual,
-        want_residual=residual is not None,
+        grad, x, numbers, factors, activation, known, residual, want_residual=residual is not None
     )
     if residual is not None and activation is None:
         assert grad_residual is None
         grad_residual = grad
-    inverse = 1 / (statistics[2] + eps).sqrt()
-    return Step(output, grad_x, grad_residual, sums[1] * inverse, sums[0])
+    return Step(output, grad_x, grad_residual, grad_weight, grad_bias)
 
 
 def error(found: Tensor | None, right: Tensor | None) -> float:

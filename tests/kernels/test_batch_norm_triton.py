@@ -20,6 +20,7 @@ from tests.triton_kernels import (
     innermost,
     numbers,
     ours,
+    settled,
     torchs,
 )
 
@@ -89,40 +90,38 @@ def test_mean_ten_thousand_times_the_deviation(layout: str) -> None:
 
 def test_without_weight_and_bias() -> None:
     x, grad = numbers("4d", torch.float32), numbers("4d", torch.float32, seed=1)
-    statistics = B.moments(x)
     one, zero = torch.ones(5, device=DEVICE), torch.zeros(5, device=DEVICE)
     for activation in (None, "silu"):
         right = ours(x, one, zero, EPS, activation, None, grad)
-        sums = B.gradient_sums(grad, x, statistics, None, None, EPS, activation)
-        assert torch.equal(B.apply(x, statistics, None, None, EPS, activation), right.output)
+        table = settled(x)
+        sums = B.gradient_sums(grad, x, table, activation)
+        assert torch.equal(B.apply(x, table, activation), right.output)
         assert torch.equal(sums[0], right.grad_bias)
-        found, none = B.input_gradient(grad, x, statistics, sums, 168, None, None, EPS, activation)
+        found, none = B.input_gradient(grad, x, table, B.settle_gradients(sums, table, 168)[2], activation)
         assert none is None
         assert torch.equal(found, right.grad_x)
 
 
-@pytest.mark.parametrize("as_tensor", [False, True])
-def test_ranks_merge_between_the_kernels(as_tensor: bool) -> None:
+def test_ranks_merge_between_the_kernels() -> None:
     """Two ranks' halves, with merged statistics, sums and count, are the whole batch."""
     x, grad = numbers("4d", torch.float64), numbers("4d", torch.float64, seed=1)
     weight, bias = affine(5, x.dtype)
     right = expected(x, weight, bias, EPS, "relu", None, grad)
-    statistics = B.moments(x)
+    table = settled(x, weight, bias)
     halves = [(x[:1], grad[:1]), (x[1:], grad[1:])]
-    sums = torch.stack([B.gradient_sums(g, h, statistics, weight, bias, EPS, "relu") for h, g in halves]).sum(0)
-    count = torch.tensor(168.0, device=DEVICE) if as_tensor else 168
+    sums = torch.stack([B.gradient_sums(g, h, table, "relu") for h, g in halves]).sum(0)
     for (h, g), part in zip(halves, [right.grad_x[:1], right.grad_x[1:]], strict=True):
-        found, _ = B.input_gradient(g, h, statistics, sums, count, weight, bias, EPS, "relu")
+        found, _ = B.input_gradient(g, h, table, B.settle_gradients(sums, table, 168)[2], "relu")
         assert error(found, part) < 1e-13
 
 
 def test_other_tensors_may_have_other_strides() -> None:
-    """A gradient and a weight of one expanded number, a residual in the other memory format."""
+    """A gradient of one expanded number, a residual in the other memory format."""
     x = numbers("channels-last", torch.float32)
-    weight, bias = torch.full((1,), 0.5, device=DEVICE).expand(5), affine(5, x.dtype)[1]
+    weight, bias = torch.full((5,), 0.5, device=DEVICE), affine(5, x.dtype)[1]
     grad, added = torch.ones((), device=DEVICE).expand(x.shape), numbers("4d", torch.float32, seed=2)
     found = ours(x, weight, bias, EPS, "silu", added, grad)
-    right = ours(x, weight.contiguous(), bias, EPS, "silu", innermost(*x.shape)(added.flatten()), grad.contiguous())
+    right = ours(x, weight, bias, EPS, "silu", innermost(*x.shape)(added.flatten()), grad.contiguous())
     assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
     assert found.output.is_contiguous(memory_format=torch.channels_last)
 
@@ -130,7 +129,7 @@ def test_other_tensors_may_have_other_strides() -> None:
 def test_residual_of_another_dtype() -> None:
     x, added = numbers("4d", torch.bfloat16), numbers("4d", torch.float32, seed=2)
     weight, bias = affine(5, x.dtype)
-    y = B.apply(x, B.moments(x), weight, bias, EPS, None, added)
+    y = B.apply(x, settled(x, weight, bias), None, added)
     right = expected(x, weight, bias, EPS, None, added, added)
     assert y.dtype == torch.bfloat16
     assert error(y, right.output) <= 2**-7 * float(right.output.abs().max())
@@ -140,24 +139,23 @@ def test_residual_of_another_dtype() -> None:
 def test_derivative_from_output_or_from_residual(activation: str) -> None:
     x, grad, added = (numbers("3d", torch.float32, seed=seed) for seed in range(3))
     weight, bias = affine(3, x.dtype)
-    statistics = B.moments(x)
-    y = B.apply(x, statistics, weight, bias, EPS, activation, added)
-    first = B.gradient_sums(grad, x, statistics, weight, bias, EPS, activation, output=y)
-    second = B.gradient_sums(grad, x, statistics, weight, bias, EPS, activation, residual=added)
+    table = settled(x, weight, bias)
+    y = B.apply(x, table, activation, added)
+    first = B.gradient_sums(grad, x, table, activation, output=y)
+    second = B.gradient_sums(grad, x, table, activation, residual=added)
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
 
 
 def test_relu_at_zero_and_at_nan() -> None:
     """As in torch: NaN passes, the derivative at 0 is 0, and where it is 0 not even an infinite gradient passes."""
     x = torch.tensor([[-1.0, 3.0], [1.0, float("nan")]], device=DEVICE)
-    statistics = B.moments(torch.tensor([[-1.0, 3.0], [1.0, 3.0]], device=DEVICE))
-    y = B.apply(x, statistics, None, None, EPS, "relu")
+    y = B.apply(x, settled(torch.tensor([[-1.0, 3.0], [1.0, 3.0]], device=DEVICE)), "relu")
     assert y.isnan().tolist() == [[False, False], [False, True]]
     assert y[0].tolist() == [0.0, 0.0]
     zeros = torch.full((2, 2), 3.0, device=DEVICE)
     infinite = torch.full((2, 2), float("inf"), device=DEVICE)
     for known in (None, zeros - 3):
-        sums = B.gradient_sums(infinite, zeros, B.moments(zeros), None, None, EPS, "relu", output=known)
+        sums = B.gradient_sums(infinite, zeros, settled(zeros), "relu", output=known)
         assert sums.tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
@@ -167,10 +165,12 @@ def test_empty(shape: tuple[int, ...]) -> None:
     statistics = B.moments(x)
     weight, bias = torch.ones(2, shape[1], device=DEVICE)
     assert torch.equal(statistics, torch.zeros(3, shape[1], device=DEVICE))
-    assert B.apply(x, statistics, weight, bias, EPS, "relu", x).shape == shape
-    sums = B.gradient_sums(x, x, statistics, weight, bias, EPS, "relu", x)
+    table = settled(x, weight, bias)
+    assert B.apply(x, table, "relu", x).shape == shape
+    sums = B.gradient_sums(x, x, table, "relu", x)
     assert torch.equal(sums, torch.zeros(2, shape[1], device=DEVICE))
-    grads = B.input_gradient(x, x, statistics, sums, 0, weight, bias, EPS, "relu", x, want_residual=True)
+    *_, factors = B.settle_gradients(sums, table, 1)
+    grads = B.input_gradient(x, x, table, factors, "relu", x, want_residual=True)
     assert [grad.shape for grad in grads] == [shape, shape]
 
 

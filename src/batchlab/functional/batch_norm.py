@@ -16,6 +16,7 @@ from batchlab.functional.batch_norm_checks import (
     check_sample_count,
 )
 from batchlab.functional.batch_norm_fused import (
+    asks_for_kernel,
     evaluate_directly,
     evaluate_fused,
     is_plain,
@@ -95,8 +96,8 @@ def batch_norm(
             empty. Differentiable, on any backend with all_reduce. Every rank must take part in every forward and
             backward. None: this process alone.
         backend: "reference" (plain operations), "aten" (torch's own operation, with its rounding), "fused" (one
-            kernel for all of it, on the CPU), or "auto": the fastest that is exact and takes this call. Ranks may have
-            different ones.
+            kernel for all of it, on the CPU or a GPU), or "auto": the fastest that is exact and takes this call. Ranks
+            may have different ones.
         nonfinite: what an inf or NaN in the batch statistics does to the running ones: "propagate" into them, "skip"
             the affected channels, or "raise" ValueError before anything changes (reads the values on the host).
         num_batches_tracked: integer scalar tensor, incremented in place by each batch that counts.
@@ -141,8 +142,8 @@ def batch_norm(
             raise ValueError("training=False normalizes with running statistics: give running_mean and running_var")
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}; allowed are {', '.join(map(repr, BACKENDS))}")
-        constants = is_plain(running_mean) and is_plain(running_var)
-        if backend in ("auto", "fused") and valid is None and constants and serves(x, residual):
+        constants = is_plain(running_mean, x) and is_plain(running_var, x)
+        if asks_for_kernel(backend, x) and valid is None and constants and serves(x, residual):
             return evaluate_fused(x, running_mean, running_var, weight, bias, eps, activation, residual)
         y = normalize_running(x, running_mean, running_var, weight, bias, eps, backend)
         return finish(y, x.dtype, residual, activation, valid)

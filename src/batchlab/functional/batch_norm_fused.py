@@ -14,6 +14,7 @@ from batchlab.kernels import batch_norm as kernel
 from batchlab.reference import batch_norm as reference
 
 __all__ = [
+    "asks_for_kernel",
     "evaluate_directly",
     "evaluate_fused",
     "is_plain",
@@ -33,18 +34,28 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def asks_for_kernel(backend: str, x: Tensor) -> bool:
+    """Whether this backend is the kernel, for tensors where `x` is: "auto" is on the CPU alone."""
+    return backend == "fused" or (backend == "auto" and x.is_cpu)
+
+
+def _beside(other: Tensor, x: Tensor) -> bool:
+    """Whether both are on one device, without making objects of devices on the CPU."""
+    return other.is_cpu if x.is_cpu else other.device == x.device
+
+
 def serves(x: Tensor, residual: Tensor | None) -> bool:
-    """Whether the kernel takes this input: on the CPU, not empty, not transformed, not to be exported."""
+    """Whether a kernel takes this input: on the CPU or a GPU, not empty, not transformed, not to be exported."""
     return (
-        x.is_cpu
+        (x.is_cpu or x.is_cuda)
         and x.dtype in kernel.DTYPES
-        and (residual is None or (residual.dtype == x.dtype and residual.is_cpu))
+        and (residual is None or (residual.dtype == x.dtype and _beside(residual, x)))
         and x.numel() > 0
         and type(x) in (Tensor, torch.nn.Parameter)
         and not is_transformed()
         and not torch.compiler.is_exporting()  # who loads the model may not have the kernel
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        and kernel.available()
+        and (kernel.available() if x.is_cpu else kernel.available_on_cuda())
     )
 
 
@@ -119,19 +130,19 @@ def normalize_fused(
     )
 
 
-def is_plain(running: Tensor) -> bool:
-    """Whether the kernel reads and moves this running statistic."""
+def is_plain(running: Tensor, x: Tensor) -> bool:
+    """Whether the kernel that takes `x` reads and moves this running statistic."""
     return (
         running.dtype in (torch.float32, torch.float64)
-        and running.is_cpu
+        and _beside(running, x)
         and running.is_contiguous()
         and not running.requires_grad
     )
 
 
-def _counts(batches: Tensor | None) -> bool:
-    """Whether the kernel increments this number of batches; torch's layers have it in int64."""
-    return batches is None or batches.dtype == torch.int64
+def _counts(batches: Tensor | None, x: Tensor) -> bool:
+    """Whether the kernel that takes `x` increments this number of batches; torch's layers have it in int64."""
+    return batches is None or (batches.dtype == torch.int64 and _beside(batches, x))
 
 
 def normalize_and_update(
@@ -150,7 +161,7 @@ def normalize_and_update(
     """Training in one kernel, which moves the running statistics too where a plain average is all there is to do."""
     if running_mean is None or running_var is None:
         return normalize_fused(x, weight, bias, eps, activation, residual)[0]
-    plain = is_plain(running_mean) and is_plain(running_var) and _counts(num_batches_tracked)
+    plain = is_plain(running_mean, x) and is_plain(running_var, x) and _counts(num_batches_tracked, x)
     if plain and momentum is not None and nonfinite == "propagate":
         running = running_mean, running_var, num_batches_tracked, momentum
         return normalize_fused(x, weight, bias, eps, activation, residual, running)[0]

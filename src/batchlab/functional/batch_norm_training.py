@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchlab.functional.activation import activate
-from batchlab.functional.batch_norm_fused import is_transformed, serves
+from batchlab.functional.batch_norm_fused import asks_for_kernel, is_transformed, serves
 from batchlab.reference import batch_norm as reference
 
 if TYPE_CHECKING:
@@ -132,10 +132,10 @@ def choose_backend(
 
     "auto" takes the fused kernel on the CPU, and elsewhere torch's operation on the input shifted by its mean:
     unshifted, its float32 error grows with mean/std (4e-4 for (N, C) inputs and 6e-3 for channels-last ones at
-    mean/std 1e3). Masks, empty batches, `torch.func` and forward-mode derivatives are the reference's. Over ranks the
-    choice is for what this one computes by itself, the kernel or the reference (see `batch_norm_ranks`). An explicit
-    backend never falls back: what it cannot do is an error, save for a rank that is empty, whose error the other ranks
-    would wait for.
+    mean/std 1e3). On a GPU the fused kernels, in Triton, are for who asks for them: nobody has measured them there yet.
+    Masks, empty batches, `torch.func` and forward-mode derivatives are the reference's. Over ranks the choice is for
+    what this one computes by itself, the kernel or the reference (see `batch_norm_ranks`). An explicit backend never
+    falls back: what it cannot do is an error, save for an empty rank, whose error the other ranks would wait for.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed are {', '.join(map(repr, BACKENDS))}")
@@ -146,12 +146,13 @@ def choose_backend(
         return "aten"
     # Over ranks the kernels' gradient looks at values, where a compiler cannot follow.
     traced = process_group is not None and torch.compiler.is_compiling()
-    fused = mask is None and backend != "reference" and not traced and serves(x, residual)
+    fused = mask is None and asks_for_kernel(backend, x) and not traced and serves(x, residual)
     if backend == "fused" and not fused and (process_group is None or x.numel() > 0):
         raise ValueError(
             f"backend='fused' does not take this call (x: {x.dtype} on {x.device}, {x.numel()} numbers): it needs a "
-            "compiled kernel, a CPU tensor that is not empty, a residual of x's dtype, and neither torch.export, "
-            "torch.func nor forward-mode derivatives; use backend='auto'"
+            "compiled kernel (on a GPU Triton too), a tensor on the CPU or a GPU that is not empty, a residual of x's "
+            "dtype and device, and no torch.export, torch.jit.trace, torch.func or forward-mode derivatives; use "
+            "backend='auto'"
         )
     if fused:
         return "fused"

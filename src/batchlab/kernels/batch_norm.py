@@ -1,4 +1,6 @@
-"""Batch norm with its residual and its activation, two passes over memory forward and two backward, on the CPU.
+"""Batch norm with its residual and its activation, two passes over memory forward and two backward.
+
+On the CPU in C++; the same operations on the GPU are `batch_norm_cuda`'s, in Triton, where that is installed.
 
 Bytes, with s the size of the input: forward reads s, reads it again (from the cache, where a tile of channels fits),
 and writes s; backward reads the gradient and the input, both again, and writes s. The limit is 2 s forward and 3 s
@@ -11,7 +13,9 @@ from __future__ import annotations
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import Final
 
 import torch
@@ -25,6 +29,7 @@ __all__ = [
     "ACTIVATIONS",
     "LIBRARY",
     "available",
+    "available_on_cuda",
     "backward",
     "evaluate",
     "forward",
@@ -39,6 +44,10 @@ ACTIVATIONS: Final[dict[str | None, int]] = {None: 0, "relu": 1, "leaky_relu": 2
 SOURCE: Final = Source(Path(__file__).with_name("batch_norm.cpp"))
 AUTOGRAD: Final = Source(Path(__file__).with_name("batch_norm_autograd.cpp"), flags=("-O2",))
 
+_REGISTERING: Final = Lock()
+_LOADING: Final = Lock()
+"""Threads, one for each GPU, may come here first together, and an operation is registered once."""
+
 LIBRARY: Final = torch.library.Library("batchlab_batch_norm", "FRAGMENT")
 LIBRARY.define(
     "differentiable_backward(Tensor gradient, Tensor x, Tensor? weight, Tensor? bias, Tensor? output, "
@@ -49,6 +58,12 @@ LIBRARY.define(
 
 @cache
 def _load() -> bool:
+    with _LOADING:  # of threads that come together the second finds what the first one did
+        return _load_once()
+
+
+@cache
+def _load_once() -> bool:
     try:
         with ThreadPoolExecutor() as pool:  # the compiler is another process; two of them, where there are two cores
             libraries = list(pool.map(build, (SOURCE, AUTOGRAD)))
@@ -59,7 +74,7 @@ def _load() -> bool:
             f"batchlab: {error}. Batch norm takes PyTorch's own operations instead: right, but slower. Install a C++ "
             "compiler, or set CXX to one.",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return False
     describe_results()
@@ -74,6 +89,28 @@ def available() -> bool:
 # torch.compile is to call it and not to look into it: `torch.compiler.assume_constant_result`, whose import of the
 # compiler would take a second of everybody's.
 available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _load_for_cuda() -> bool:
+    if not torch.cuda.is_available() or find_spec("triton") is None or not available():
+        return False
+    from batchlab.kernels import batch_norm_cuda  # imports triton
+
+    batch_norm_cuda.register(LIBRARY)
+    return True
+
+
+def available_on_cuda() -> bool:
+    """Whether the operations take tensors on the GPU: there is one, with triton, and the compiled library is loaded.
+
+    Autograd's node and the operations' names are the compiled library's.
+    """
+    with _REGISTERING:
+        return _load_for_cuda()
+
+
+available_on_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_dense(x: Tensor) -> bool:

@@ -1,14 +1,17 @@
 """Training-mode batch normalization with residual and activation on the GPU, in Triton; raw tensors, no gradients.
 
-The same functions as the compiled ones for the CPU:
+A training step is six of them (`batchlab.kernels.batch_norm_cuda` makes operations of these):
 
-    statistics = moments(x)                           one reading of x
-    y = apply(x, statistics, ...)                     activation((x - mean) / √(var + eps) · weight + bias + residual)
-    sums = gradient_sums(grad, x, statistics, ...)    Σ g and Σ g · (x - mean), g the gradient behind the activation
-    input_gradient(grad, x, statistics, sums, ...)    gradients of x and residual
+    statistics = moments(x)                       one reading of x
+    numbers = settle(*statistics, ...)            the table (6, C) that all others read; moves the running statistics
+    y = apply(x, numbers, ...)                    activation((x - mean) / √(var + eps) · weight + bias + residual)
+    sums = gradient_sums(grad, x, numbers, ...)   Σ g and Σ g · (x - mean), g the gradient behind the activation
+    settle_gradients(sums, numbers, count)        gradients of weight and bias, and factors for the input's
+    input_gradient(grad, x, numbers, factors)     gradients of x and residual
 
-Between the first two, and between the last two, ranks may merge what they found. Nothing waits for the device and no
-shape depends on data, so all of it can be captured in a CUDA graph, after one call outside (which compiles and tunes).
+The table's rows are those of the CPU's kernels: the mean, rounded; what its rounding lost; 1/√(var + eps); scale;
+shift; biased variance. Nothing waits for the device and no shape depends on data, so all of it can be captured in a
+CUDA graph, after one call outside (which compiles and tunes).
 
 Results have the same bits in every run and on every device of a kind: the tiles of a sum, and hence its order, follow
 from the shapes. Only kernels in which each result depends on one position alone are tuned by measuring.
@@ -18,6 +21,7 @@ Import this module only where it is needed: it imports triton, which the library
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 import torch
@@ -26,9 +30,19 @@ from torch import Tensor
 
 from batchlab.kernels import batch_norm_triton_affine as affine
 from batchlab.kernels import batch_norm_triton_moments as moment
+from batchlab.kernels import batch_norm_triton_settle as once
 from batchlab.kernels.batch_norm_triton_plan import dense, like, merge_blocks, next_power_of_two, plan
 
-__all__ = ["INTERPRETED", "apply", "gradient_sums", "input_gradient", "moments", "serves"]
+__all__ = [
+    "INTERPRETED",
+    "apply",
+    "gradient_sums",
+    "input_gradient",
+    "moments",
+    "serves",
+    "settle",
+    "settle_gradients",
+]
 
 INTERPRETED: Final[bool] = bool(triton.knobs.runtime.interpret)
 """Whether TRITON_INTERPRET=1 was set: kernels run in Python, slowly, on the CPU's tensors, for tests."""
@@ -37,6 +51,9 @@ DTYPES: Final = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.f
 
 WARPS: Final = (2, 4, 8)
 """Tried for kernels without a sum: a tile is 32, 16 or 8 numbers a thread."""
+
+VECTOR: Final = 128
+"""Channels of a program that has nothing but vectors of channels to read: one a thread."""
 
 
 def _tuned(kernel: Any) -> Any:
@@ -55,15 +72,6 @@ _input_gradient: Final = _tuned(affine.input_gradient)
 def serves(x: Tensor) -> bool:
     """Whether the kernels take `x`: on the GPU (or interpreted), with a channel dimension, of a dtype they know."""
     return x.ndim >= 2 and x.dtype in DTYPES and (x.is_cpu if INTERPRETED else x.is_cuda)
-
-
-def _vectors(statistics: Tensor, weight: Tensor | None, bias: Tensor | None) -> dict[str, Tensor | None]:
-    """The arguments per channel, without gaps: a weight may be one number, expanded."""
-    return {
-        "statistics": statistics.contiguous(),
-        "weight": None if weight is None else weight.contiguous(),
-        "bias": None if bias is None else bias.contiguous(),
-    }
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
@@ -93,16 +101,45 @@ def moments(x: Tensor) -> Tensor:
     return statistics
 
 
-def apply(
-    x: Tensor,
-    statistics: Tensor,
+def settle(
+    mean: Tensor,
+    lost: Tensor | None,
+    variance: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    activation: str | None,
-    residual: Tensor | None = None,
+    dtype: torch.dtype,
+    running: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    momentum: float = 0.0,
+    correction: float = 1.0,
 ) -> Tensor:
-    """Return activation((x - mean) / √(var + eps) · weight + bias + residual), in the dtype and memory format of x."""
+    """Return the table of numbers (6, C) in `dtype`, and move the running statistics in place, in the same launch.
+
+    Args:
+        mean: of each channel, in float32 or float64.
+        lost: what its rounding lost, or None.
+        variance: biased.
+        weight: scale of each channel; None is 1.
+        bias: shift of each channel; None is 0.
+        eps: added to the variance.
+        dtype: the results': float32, or float64 for such an x.
+        running: mean, variance and number of batches to move, each or none.
+        momentum: weight of this batch in the running statistics.
+        correction: n / (n - 1), of the running variance.
+    """
+    channels = mean.numel()
+    numbers = mean.new_empty((6, channels), dtype=dtype)
+    if channels == 0:
+        return numbers
+    with torch.cuda.device_of(mean):
+        once.settle[(-(-channels // VECTOR),)](
+            mean, lost, variance, weight, bias, numbers, *running, channels, eps, momentum, correction, BLOCK_C=VECTOR
+        )
+    return numbers
+
+
+def apply(x: Tensor, numbers: Tensor, activation: str | None, residual: Tensor | None = None) -> Tensor:
+    """Return activation((x - mean) · scale + shift + residual), in the dtype and memory format of x."""
     x = dense(x)
     y = torch.empty_like(x)
     if x.numel() == 0:
@@ -113,9 +150,8 @@ def apply(
             x,
             y,
             like(residual, x),
-            **_vectors(statistics, weight, bias),
+            numbers,
             size=next_power_of_two(x.numel()),
-            EPS=float(eps),
             ACTIVATION=activation,
             **reading.walk,
         )
@@ -134,33 +170,29 @@ def _deciding(
 def gradient_sums(
     grad: Tensor,
     x: Tensor,
-    statistics: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
+    numbers: Tensor,
     activation: str | None,
     output: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Return (2, C): Σ g and Σ g · (x - mean), with g = grad · activation'(pre). Zeros if x is empty.
+    """Return (2, C): Σ g and Σ g · (x - rounded mean), with g = grad · activation'(pre). Zeros if x is empty.
 
     `pre` is computed again from x (and `residual`), unless `output` is given and tells the derivative.
     """
     if x.numel() == 0:
-        return x.new_zeros((2, x.shape[1]), dtype=statistics.dtype)
+        return x.new_zeros((2, x.shape[1]), dtype=numbers.dtype)
     x = dense(x)
     reading = plan(x, sums=True)
-    sums = x.new_empty((2, reading.channels), dtype=statistics.dtype)
-    out = sums if reading.splits == 1 else x.new_empty((2, reading.splits, reading.channels), dtype=statistics.dtype)
+    sums = x.new_empty((2, reading.channels), dtype=numbers.dtype)
+    out = sums if reading.splits == 1 else x.new_empty((2, reading.splits, reading.channels), dtype=numbers.dtype)
     with torch.cuda.device_of(x):
         affine.gradient_sums[(reading.blocks * reading.splits,)](
             like(grad, x),
             x,
             **_deciding(activation, output, residual, x),
-            **_vectors(statistics, weight, bias),
+            numbers=numbers,
             out=out,
             splits=reading.splits,
-            EPS=float(eps),
             ACTIVATION=activation,
             **reading.walk,
         )
@@ -171,15 +203,28 @@ def gradient_sums(
     return sums
 
 
+def settle_gradients(sums: Tensor, numbers: Tensor, count: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the gradients of weight and bias, and the factors (2, C) for `input_gradient`, from those sums.
+
+    `count` is how many values the statistics are of, infinity if they were given: there are no factors then. Sums may
+    be of all ranks, in float64.
+    """
+    channels = sums.shape[1]
+    of_weight, of_bias = numbers.new_empty(channels), numbers.new_empty(channels)
+    factors = None if math.isinf(count) else numbers.new_empty((2, channels))
+    if channels > 0:
+        with torch.cuda.device_of(sums):
+            once.settle_gradients[(-(-channels // VECTOR),)](
+                sums, numbers, of_weight, of_bias, factors, channels, float(count), BLOCK_C=VECTOR
+            )
+    return of_weight, of_bias, factors
+
+
 def input_gradient(
     grad: Tensor,
     x: Tensor,
-    statistics: Tensor,
-    sums: Tensor,
-    count: int | Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
+    numbers: Tensor,
+    factors: Tensor | None,
     activation: str | None,
     output: Tensor | None = None,
     residual: Tensor | None = None,
@@ -187,29 +232,25 @@ def input_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of x and, if wanted, of the residual (None without activation: that is `grad` itself).
 
-    weight / √(var + eps) · (g - mean(g) - (x - mean) / (var + eps) · mean(g · (x - mean))), the means being `sums` over
-    `count` samples: of all ranks, and on the device if it is a tensor.
+    weight / √(var + eps) · (g - mean(g) - (x - mean) / (var + eps) · mean(g · (x - mean))), the means being in the
+    `factors`; without these, weight / √(var + eps) · g.
     """
     x = dense(x)
     grad_x = torch.empty_like(x)
     grad_residual = torch.empty_like(x) if want_residual and activation is not None else None
     if x.numel() == 0:
         return grad_x, grad_residual
-    if isinstance(count, Tensor):
-        sums, count = (sums / count).to(sums.dtype), 1
     reading = plan(x, sums=False)
     with torch.cuda.device_of(x):
         _input_gradient[(reading.blocks * reading.splits,)](
             like(grad, x),
             x,
             **_deciding(activation, output, residual, x),
-            **_vectors(statistics, weight, bias),
-            sums=sums.contiguous(),
+            numbers=numbers,
+            factors=factors,
             grad_x=grad_x,
             grad_residual=grad_residual,
-            count=count,
             size=next_power_of_two(x.numel()),
-            EPS=float(eps),
             ACTIVATION=activation,
             **reading.walk,
         )

@@ -8,7 +8,7 @@ applied to, is computed again rather than kept: six flops instead of writing and
 import triton
 import triton.language as tl
 
-from batchlab.kernels.batch_norm_triton_tiles import divide, inverse_root, program_range, tile
+from batchlab.kernels.batch_norm_triton_tiles import MEAN, SCALE, SHIFT, number, program_range, tile
 
 __all__ = ["apply", "gradient_sums", "input_gradient", "merge_sums"]
 
@@ -44,36 +44,17 @@ def _behind(g, pre, y, ACTIVATION: tl.constexpr):
         return g * (1 - y) * y
 
 
-@triton.jit
-def _coefficients(statistics, weight, bias, c, channels, EPS: tl.constexpr):
-    """Mean, the inverse deviation, and scale and shift so that the output is (x - mean) · scale + shift."""
-    valid = c < channels
-    mean = tl.load(statistics + c, mask=valid, other=0)
-    lost = tl.load(statistics + channels + c, mask=valid, other=0)
-    inverse = inverse_root(tl.load(statistics + 2 * channels + c, mask=valid, other=1) + EPS)
-    scale = inverse
-    if weight is not None:
-        scale = inverse * tl.load(weight + c, mask=valid, other=0)
-    shift = -lost * scale
-    if bias is not None:
-        shift += tl.load(bias + c, mask=valid, other=0)
-    return mean, lost, inverse, scale, shift
-
-
 @triton.jit(do_not_specialize=["steps", "per_program", "size"])
 def apply(
     x,
     y,
     residual,
-    statistics,
-    weight,
-    bias,
+    numbers,
     steps,
     per_program,
     size,  # noqa: ARG001  # read by the tuner alone
     channels,
     plane,
-    EPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -82,7 +63,9 @@ def apply(
     """Store y = activation((x - mean) · scale + shift + residual)."""
     block, _, begin, end = program_range(steps, per_program, channels, BLOCK_C)
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean, _, _, scale, shift = _coefficients(statistics, weight, bias, c, channels, EPS)
+    mean = number(numbers, MEAN, c, channels)
+    scale = number(numbers, SCALE, c, channels)
+    shift = number(numbers, SHIFT, c, channels)
     for step in range(begin, end):
         offsets, valid = tile(step, block, channels, plane, ROWS, BLOCK_C, BLOCK_S)
         value = tl.load(x + offsets, mask=valid, other=0).to(mean.dtype)
@@ -114,28 +97,24 @@ def gradient_sums(
     x,
     output,
     residual,
-    statistics,
-    weight,
-    bias,
+    numbers,
     out,
     steps,
     per_program,
     splits,
     channels,
     plane,
-    EPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Σ g and Σ g · (x - mean) of every split and channel, (2, splits, C).
-
-    What the mean's rounding lost is taken off the second sum once, not off every x.
-    """
+    """Σ g and Σ g · (x - rounded mean) of every split and channel, (2, splits, C)."""
     block, split, begin, end = program_range(steps, per_program, channels, BLOCK_C)
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean, lost, _, scale, shift = _coefficients(statistics, weight, bias, c, channels, EPS)
+    mean = number(numbers, MEAN, c, channels)
+    scale = number(numbers, SCALE, c, channels)
+    shift = number(numbers, SHIFT, c, channels)
     total = tl.zeros([BLOCK_C, BLOCK_S], dtype=mean.dtype)
     products = tl.zeros([BLOCK_C, BLOCK_S], dtype=mean.dtype)
     for step in range(begin, end):
@@ -145,9 +124,8 @@ def gradient_sums(
         total += g
         products += g * centred
     row = out + split.to(tl.int64) * channels + c
-    summed = tl.sum(total, axis=1)
-    tl.store(row, summed, mask=c < channels)
-    tl.store(row + splits.to(tl.int64) * channels, tl.sum(products, axis=1) - lost * summed, mask=c < channels)
+    tl.store(row, tl.sum(total, axis=1), mask=c < channels)
+    tl.store(row + splits.to(tl.int64) * channels, tl.sum(products, axis=1), mask=c < channels)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -164,43 +142,46 @@ def merge_sums(partial, sums, splits, channels, BLOCK_C: tl.constexpr, BLOCK_P: 
     tl.store(sums + which * channels + c, tl.sum(total, axis=0), mask=c < channels)
 
 
-@triton.jit(do_not_specialize=["count", "steps", "per_program", "size"])
+@triton.jit(do_not_specialize=["steps", "per_program", "size"])
 def input_gradient(
     grad,
     x,
     output,
     residual,
-    statistics,
-    weight,
-    bias,
-    sums,
+    numbers,
+    factors,
     grad_x,
     grad_residual,
-    count,
     steps,
     per_program,
     size,  # noqa: ARG001  # read by the tuner alone
     channels,
     plane,
-    EPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Store scale · (g - mean of g - (x - mean) / (var + eps) · mean of g (x - mean)), and g for the residual."""
+    """Store scale · (g - level - (x - rounded mean) · slope), and g for the residual.
+
+    Without factors, scale · g: nothing of an infinite x with given statistics.
+    """
     block, _, begin, end = program_range(steps, per_program, channels, BLOCK_C)
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean, lost, inverse, scale, shift = _coefficients(statistics, weight, bias, c, channels, EPS)
-    samples = tl.zeros([BLOCK_C], dtype=mean.dtype) + count
-    # Two factors, one after the other: their product overflows before what it multiplies does.
-    slope = divide(tl.load(sums + channels + c, mask=c < channels, other=0), samples) * inverse * inverse
-    level = divide(tl.load(sums + c, mask=c < channels, other=0), samples) - lost * slope
+    mean = number(numbers, MEAN, c, channels)
+    scale = number(numbers, SCALE, c, channels)
+    shift = number(numbers, SHIFT, c, channels)
+    if factors is not None:
+        slope = number(factors, 0, c, channels)
+        level = number(factors, 1, c, channels)
     for step in range(begin, end):
         offsets, valid = tile(step, block, channels, plane, ROWS, BLOCK_C, BLOCK_S)
         centred = tl.load(x + offsets, mask=valid, other=0).to(mean.dtype) - mean[:, None]
         g = _gradient(grad, centred, output, residual, scale, shift, offsets, valid, ACTIVATION)
         if grad_residual is not None:
             tl.store(grad_residual + offsets, g.to(grad_residual.dtype.element_ty), mask=valid)
-        gradient = scale[:, None] * tl.fma(-centred, slope[:, None], g - level[:, None])
+        gradient = g
+        if factors is not None:
+            gradient = tl.fma(-centred, slope[:, None], g - level[:, None])
+        gradient *= scale[:, None]
         tl.store(grad_x + offsets, gradient.to(grad_x.dtype.element_ty), mask=valid)

@@ -8,7 +8,34 @@ rows. A program has one block of channels and a range of steps.
 import triton
 import triton.language as tl
 
-__all__ = ["divide", "inverse_root", "positions_before", "program_range", "tile"]
+__all__ = [
+    "INVERSE",
+    "MEAN",
+    "REST",
+    "SCALE",
+    "SHIFT",
+    "VARIANCE",
+    "divide",
+    "inverse_root",
+    "number",
+    "positions_before",
+    "program_range",
+    "tile",
+]
+
+# Rows of the table of numbers (6, C) that the forward pass leaves to the backward pass, as the CPU's kernels do.
+MEAN = tl.constexpr(0)
+REST = tl.constexpr(1)  # of the mean: what its rounding lost
+INVERSE = tl.constexpr(2)  # 1 / √(variance + eps)
+SCALE = tl.constexpr(3)  # weight times the former
+SHIFT = tl.constexpr(4)  # bias - rest · scale
+VARIANCE = tl.constexpr(5)  # biased
+
+
+@triton.jit
+def number(numbers, row: tl.constexpr, c, channels):
+    """The channels `c` of a row of the table; 0 where there is no channel."""
+    return tl.load(numbers + row * channels + c, mask=c < channels, other=0)
 
 
 @triton.jit
