@@ -190,6 +190,42 @@ def test_no_numbers_at_all(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert batches == 0
 
 
+# Inputs so large that outputs go past the caches, and that what is needed next is read ahead.
+
+FAR = {
+    "planes in tiles": (8, 128, 48, 49),
+    "channels larger than a tile": (8, 6, 200, 224),
+    "rows": (49_000, 130),
+}
+
+
+@pytest.mark.parametrize("place", FAR)
+@pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_inputs_beyond_the_caches_follow_the_formula(place: str, with_residual: bool, threads: int) -> None:
+    torch.set_num_threads(threads)
+    x, residual, gradient = (torch.randn(FAR[place]) for _ in range(3))
+    weight, bias = (torch.randn(x.shape[1]) for _ in range(2))
+
+    def found(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
+        if dtype == torch.float32:
+            added = residual if with_residual else None
+            y = functional.batch_norm(
+                leaves[0], None, None, *leaves[1:], True, activation="relu", residual=added, backend="fused"
+            )
+        else:
+            y = torch.nn.functional.batch_norm(leaves[0], None, None, *leaves[1:], True)
+            y = (y + residual if with_residual else y).relu()
+        return [y.detach(), *torch.autograd.grad(y, leaves, gradient.to(dtype))]
+
+    off = torch.finfo(torch.float32).eps * math.sqrt(x.numel() / x.shape[1])  # of a sum of so many numbers near 1
+    # The kernel may find a number on the other side of the ReLU's edge, if it is within a rounding of it.
+    for mine, exact, allowed in zip(found(torch.float32), found(torch.float64), (1e-5, 1e-5, off, off), strict=True):
+        wrong = (mine - exact).abs() > allowed * (1 + exact.abs())
+        assert wrong.sum() <= 2, (mine - exact).abs().max()
+
+
 # The same bits.
 
 LARGE = {

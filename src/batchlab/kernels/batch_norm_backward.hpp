@@ -36,8 +36,17 @@ struct Backward {
 
   bool given() const { return std::isinf(count); }
 
-  bool far(const Layout& layout) const {
-    return beyond_cache<T>(layout, 3 + (before.other != nullptr) + (residual_gradient != nullptr));
+  int tensors() const { return 3 + (before.other != nullptr) + (residual_gradient != nullptr); }
+  bool far(const Layout& layout) const { return beyond_cache<T>(layout, tensors()); }
+  int64_t bytes() const { return static_cast<int64_t>(sizeof(T)) * (before.other != nullptr ? 3 : 2); }
+  bool reads_ahead(const Layout& layout) const { return rows_read_ahead<T>(layout, tensors()); }
+
+  // What the sums and the gradient are found from.
+  template <class F>
+  void each_input(F&& f) const {
+    f(before.x);
+    f(before.gradient);
+    if (source != Source::input) f(before.other);
   }
 
   // Gradients of the input and of the residual.
@@ -65,34 +74,45 @@ struct Backward {
                 double* two) const {
     const Planes p{layout.samples, layout.channels, layout.size};
     const Last<A> end(layout.size);
+    const int64_t ahead = far(layout) ? Ahead(p, bytes(), from, to, first, last).next_sample : 0;
     const auto take = [&](int64_t offset, int64_t c, auto&& f) {
       const auto load = [&](const T* of) { return Memory<T>::load(of + offset); };
       const Affine<A> a = affine(c);
       const Lanes<A> value = load(before.x);
       f(before(load, a, value), value - a.mean);
     };
-    sum_planes<A>(
-        p, from, to, first, last, one, two,
-        [&](Sums<A>& s, int64_t offset, int64_t c) {
-          take(offset, c, [&](Lanes<A> g, Lanes<A> d) { s.products(g, d); });
-        },
-        [&](Sums<A>& s, int64_t offset, int64_t c) {
-          take(offset, c, [&](Lanes<A> g, Lanes<A> d) {
-            s.products(from_lane<A>(g, end.lane), from_lane<A>(d, end.lane));
+    with_known(ahead != 0, [&](auto reads_ahead) {
+      sum_planes<A>(
+          p, from, to, first, last, one, two,
+          [&](Sums<A>& s, int64_t offset, int64_t c) {
+            if (reads_ahead.value) each_input([&](const T* of) { begin_to_read(of + offset + ahead); });
+            take(offset, c, [&](Lanes<A> g, Lanes<A> d) { s.products(g, d); });
+          },
+          [&](Sums<A>& s, int64_t offset, int64_t c) {
+            take(offset, c, [&](Lanes<A> g, Lanes<A> d) {
+              s.products(from_lane<A>(g, end.lane), from_lane<A>(d, end.lane));
+            });
           });
-        });
+    });
   }
 
   void finish_tile(const Layout& layout, int64_t from, int64_t to, int64_t first, int64_t last) const {
     const Planes p{layout.samples, layout.channels, layout.size};
-    with_past(far(layout), [&](auto past) {
+    const int64_t ahead = Ahead(p, bytes(), from, to, first, last).backwards();
+    with_known(far(layout), ahead != 0, [&](auto past, auto reads_ahead) {
       each_plane<A, past.value>(
           p, input_gradient, from, to, first, last,
-          [&](int64_t c) {
-            return std::pair(affine(c), InputGradient<A>{all(factors[0][c]), all(factors[1][c]), given()});
+          [here = *this](int64_t c) {
+            return std::pair(here.affine(c),
+                             InputGradient<A>{all(here.factors[0][c]), all(here.factors[1][c]), here.given()});
           },
-          [&](const auto& of, int64_t offset) { return vector(of.first, of.second, offset); },
-          [&](int64_t offset, const Both& both, auto past) { write<past.value>(offset, both); });
+          [here = *this, ahead, reads_ahead](const auto& of, int64_t offset) {
+            if (reads_ahead.value) here.each_input([&](const T* input) { begin_to_read(input + offset + ahead); });
+            return here.vector(of.first, of.second, offset);
+          },
+          [here = *this](int64_t offset, const Both& both, auto past) {
+            here.template write<past.value>(offset, both);
+          });
     });
   }
 
@@ -109,7 +129,7 @@ struct Backward {
   };
   static constexpr int kColumnNumbers = 5;
 
-  template <int vectors>
+  template <int vectors, bool reads_ahead>
   void add(Sums<A>* s, const Columns& columns, const Section& section, int64_t row, int64_t last, int64_t q) const {
     Affine<A> a[vectors];
 #pragma GCC unroll 8
@@ -117,7 +137,9 @@ struct Backward {
     for (int64_t at = section.origin + row * section.rows.columns + q; row < last; ++row, at += section.rows.columns)
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) {
-        const auto load = [&](const T* of) { return Memory<T>::load(of + at + v * kWidth<A>); };
+        const int64_t offset = at + v * kWidth<A>;
+        if (reads_ahead) each_input([&](const T* of) { begin_to_read(of + offset + kAhead<T>); });
+        const auto load = [&](const T* of) { return Memory<T>::load(of + offset); };
         const Lanes<A> value = load(before.x);
         s[v].products(before(load, a[v], value), value - a[v].mean);
       }
@@ -135,23 +157,27 @@ struct Backward {
     }
   }
 
-  void sum_block(const Columns& columns, const Section& section, const Block& block, double* one, double* two,
-                 A* scratch) const {
-    sum_rows<A>(
-        block, one, two, scratch,
-        [&](Sums<A>* s, int64_t row, int64_t last, int64_t q, auto vectors) {
-          add<vectors.value>(s, columns, section, row, last, q);
-        },
-        [&](Sums<A>& s, int64_t row, int64_t last, int64_t q, int64_t count) {
-          add_some(s, columns, section, row, last, q, count);
-        });
+  void sum_block(const Layout& layout, const Columns& columns, const Section& section, const Block& block, double* one,
+                 double* two, A* scratch) const {
+    with_known(reads_ahead(layout), [&](auto reads_ahead) {
+      sum_rows<A>(
+          block, one, two, scratch,
+          [&](Sums<A>* s, int64_t row, int64_t last, int64_t q, auto vectors) {
+            add<vectors.value, reads_ahead.value>(s, columns, section, row, last, q);
+          },
+          [&](Sums<A>& s, int64_t row, int64_t last, int64_t q, int64_t count) {
+            add_some(s, columns, section, row, last, q, count);
+          });
+    });
   }
 
   void block(const Layout& layout, const Columns& columns, const Section& section, const Block& of) const {
     const int64_t width = section.rows.columns;
     each_in_block<A>(
-        section, of, input_gradient, far(layout),
-        [&](const Section& s, int64_t row, int64_t last, int64_t q, auto vectors, auto past) {
+        section, of, input_gradient, far(layout), reads_ahead(layout),
+        [&](const Section& s, int64_t row, int64_t last, int64_t q, auto vectors, auto past, auto reads_ahead) {
+          const Backward here = *this;
+          const int64_t step = width;
           Affine<A> a[vectors.value];
           InputGradient<A> f[vectors.value];
 #pragma GCC unroll 8
@@ -159,11 +185,12 @@ struct Backward {
             a[v] = columns.affine(q + v * kWidth<A>);
             f[v] = columns.change(q + v * kWidth<A>);
           }
-          for (int64_t at = s.origin + row * width + q; row < last; ++row, at += width)
+          for (int64_t at = s.origin + row * step + q; row < last; ++row, at += step)
 #pragma GCC unroll 8
             for (int v = 0; v < vectors.value; ++v) {
               const int64_t offset = at + v * kWidth<A>;
-              write<past.value>(offset, vector(a[v], f[v], offset));
+              if (reads_ahead.value) here.each_input([&](const T* of) { begin_to_read(of + offset - kAhead<T>); });
+              here.template write<past.value>(offset, here.vector(a[v], f[v], offset));
             }
         },
         [&](const Section& s, int64_t row, int64_t last, int64_t q, int64_t count) {
@@ -229,7 +256,7 @@ void with_sums(const Layout& layout, const Problem& problem, Summed summed, bool
   using A = typename Computed<T>::type;
   if (!layout.rows) {
     in_tiles(
-        layout, 2 * sizeof(T),
+        layout, problem.bytes(), problem.far(layout),
         [&](int64_t a, int64_t b, int64_t first, int64_t last, double* one, double* two) {
           problem.sum_tile(layout, a, b, first, last, one, two);
         },
@@ -247,7 +274,7 @@ void with_sums(const Layout& layout, const Problem& problem, Summed summed, bool
   in_rows<A>(
       layout, 2 * sizeof(T),
       [&](const Section& section, const Block& block, double* one, double* two, void* scratch) {
-        problem.sum_block(columns(), section, block, one, two, static_cast<A*>(scratch));
+        problem.sum_block(layout, columns(), section, block, one, two, static_cast<A*>(scratch));
       },
       [&](int64_t from, int64_t to, const Totals& totals) {
         summed(from, to, totals.one + from, totals.two + from);

@@ -63,6 +63,8 @@ struct Moments {
 
   Moments(const T* x_, const Layout& layout_) : x(x_), layout(layout_), pivot(layout_.channels) {}
 
+  bool far() const { return beyond_cache<T>(layout, 2); }
+
   // The mean of some of the first values: near the mean of all, or `settle` finds out that it is not.
   void choose_pivot(int64_t from, int64_t to) {
     constexpr int width = kWidth<A>;
@@ -93,15 +95,21 @@ struct Moments {
   void sum_tile(int64_t from, int64_t to, int64_t first, int64_t last, double* one, double* two) const {
     const Planes p{layout.samples, layout.channels, layout.size};
     const Last<A> end(layout.size);
+    const int64_t ahead = far() ? Ahead(p, sizeof(T), from, to, first, last).next_sample : 0;
     const auto distance = [&](int64_t offset, int64_t c) { return Memory<T>::load(x + offset) - all(pivot[c]); };
-    sum_planes<A>(
-        p, from, to, first, last, one, two,
-        [&](Sums<A>& s, int64_t offset, int64_t c) { s.powers(distance(offset, c)); },
-        [&](Sums<A>& s, int64_t offset, int64_t c) { s.powers(from_lane<A>(distance(offset, c), end.lane)); });
+    with_known(ahead != 0, [&](auto reads_ahead) {
+      sum_planes<A>(
+          p, from, to, first, last, one, two,
+          [&](Sums<A>& s, int64_t offset, int64_t c) {
+            if (reads_ahead.value) begin_to_read(x + offset + ahead);
+            s.powers(distance(offset, c));
+          },
+          [&](Sums<A>& s, int64_t offset, int64_t c) { s.powers(from_lane<A>(distance(offset, c), end.lane)); });
+    });
   }
 
   // Of some vectors of columns in the rows of a section; `columns` are the pivots.
-  template <int vectors>
+  template <int vectors, bool reads_ahead>
   void add(Sums<A>* s, const A* columns, const Section& section, int64_t row, int64_t last, int64_t q) const {
     Lanes<A> k[vectors];
 #pragma GCC unroll 8
@@ -110,7 +118,10 @@ struct Moments {
     const T* from = x + section.origin + q + row * width;
     for (; row < last; ++row, from += width)
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) s[v].powers(Memory<T>::load(from + v * kWidth<A>) - k[v]);
+      for (int v = 0; v < vectors; ++v) {
+        if (reads_ahead) begin_to_read(from + v * kWidth<A> + kAhead<T>);
+        s[v].powers(Memory<T>::load(from + v * kWidth<A>) - k[v]);
+      }
   }
   void add_some(Sums<A>& s, const A* columns, const Section& section, int64_t row, int64_t last, int64_t q,
                 int64_t count) const {
@@ -122,14 +133,16 @@ struct Moments {
 
   void sum_block(const A* columns, const Section& section, const Block& block, double* one, double* two,
                  A* scratch) const {
-    sum_rows<A>(
-        block, one, two, scratch,
-        [&](Sums<A>* s, int64_t row, int64_t last, int64_t q, auto vectors) {
-          add<vectors.value>(s, columns, section, row, last, q);
-        },
-        [&](Sums<A>& s, int64_t row, int64_t last, int64_t q, int64_t count) {
-          add_some(s, columns, section, row, last, q, count);
-        });
+    with_known(rows_read_ahead<T>(layout, 2), [&](auto reads_ahead) {
+      sum_rows<A>(
+          block, one, two, scratch,
+          [&](Sums<A>* s, int64_t row, int64_t last, int64_t q, auto vectors) {
+            add<vectors.value, reads_ahead.value>(s, columns, section, row, last, q);
+          },
+          [&](Sums<A>& s, int64_t row, int64_t last, int64_t q, int64_t count) {
+            add_some(s, columns, section, row, last, q, count);
+          });
+    });
   }
 
   // Means and variances of channels [from, to), the first at 0, from their sums. False if one of them needs more than
@@ -216,32 +229,46 @@ struct Apply {
   void tile(const Layout& layout, const ChannelNumbers<A>& numbers, int64_t from, int64_t to, int64_t first,
             int64_t last) const {
     const Planes p{layout.samples, layout.channels, layout.size};
-    with_past(beyond_cache<T>(layout, has_residual ? 3 : 2), [&](auto past) {
+    const int64_t ahead = Ahead(p, sizeof(T), from, to, first, last).backwards();
+    const int64_t once = last - first == 1 ? ahead : -p.at(1, 0);  // what no sums were taken of is read here only
+    with_known(beyond_cache<T>(layout, has_residual ? 3 : 2), ahead != 0, [&](auto past, auto reads_ahead) {
       each_plane<A, past.value>(
           p, y, from, to, first, last,
-          [&](int64_t c) { return Affine<A>{all(numbers[kMean][c]), all(numbers[kScale][c]), all(numbers[kShift][c])}; },
-          [&](const Affine<A>& affine, int64_t offset) { return vector(affine, offset); },
-          [&](int64_t offset, Lanes<A> value, auto far) { put<far.value>(y + offset, value); });
+          [numbers](int64_t c) {
+            return Affine<A>{all(numbers[kMean][c]), all(numbers[kScale][c]), all(numbers[kShift][c])};
+          },
+          [here = *this, ahead, once, reads_ahead](const Affine<A>& affine, int64_t offset) {
+            if (reads_ahead.value) begin_to_read(here.x + offset + ahead);
+            if (reads_ahead.value && has_residual) begin_to_read(here.residual + offset + once);
+            return here.vector(affine, offset);
+          },
+          [y = y](int64_t offset, Lanes<A> value, auto far) { put<far.value>(y + offset, value); });
     });
   }
 
   // `columns` are mean, scale and shift of all columns, `padded` apart.
   void block(const Layout& layout, const A* columns, int64_t padded, const Section& section, const Block& of) const {
-    const int64_t width = section.rows.columns;
+    const int64_t tensors = has_residual ? 3 : 2, width = section.rows.columns;
     const auto affine = [&](int64_t q) {
       return Affine<A>{Memory<A>::load(columns + q), Memory<A>::load(columns + padded + q),
                        Memory<A>::load(columns + 2 * padded + q)};
     };
     each_in_block<A>(
-        section, of, y, beyond_cache<T>(layout, has_residual ? 3 : 2),
-        [&](const Section& s, int64_t row, int64_t last, int64_t q, auto vectors, auto past) {
+        section, of, y, beyond_cache<T>(layout, tensors), rows_read_ahead<T>(layout, tensors),
+        [&](const Section& s, int64_t row, int64_t last, int64_t q, auto vectors, auto past, auto reads_ahead) {
+          const Apply here = *this;
+          const int64_t step = width;
           Affine<A> a[vectors.value];
 #pragma GCC unroll 8
           for (int v = 0; v < vectors.value; ++v) a[v] = affine(q + v * kWidth<A>);
-          for (int64_t at = s.origin + row * width + q; row < last; ++row, at += width)
+          for (int64_t at = s.origin + row * step + q; row < last; ++row, at += step)
 #pragma GCC unroll 8
-            for (int v = 0; v < vectors.value; ++v)
-              put<past.value>(y + at + v * kWidth<A>, vector(a[v], at + v * kWidth<A>));
+            for (int v = 0; v < vectors.value; ++v) {
+              const int64_t offset = at + v * kWidth<A>;
+              if (reads_ahead.value) begin_to_read(here.x + offset - kAhead<T>);
+              if (reads_ahead.value && has_residual) begin_to_read(here.residual + offset - kAhead<T>);
+              put<past.value>(here.y + offset, here.vector(a[v], offset));
+            }
         },
         [&](const Section& s, int64_t row, int64_t last, int64_t q, int64_t count) {
           const Affine<A> a = affine(q);
@@ -278,7 +305,7 @@ void with_moments(const T* x, const Layout& layout, double eps, Settled settled,
   };
   if (!layout.rows) {
     in_tiles(
-        layout, sizeof(T),
+        layout, sizeof(T), moments.far(),
         [&](int64_t a, int64_t b, int64_t first, int64_t last, double* one, double* two) {
           moments.sum_tile(a, b, first, last, one, two);
         },

@@ -81,12 +81,34 @@ bool beyond_cache(const Layout& layout, int64_t tensors) {
   return tensors * layout.numbers() * static_cast<int64_t>(sizeof(T)) >= kCacheBytes;
 }
 
+// Processors read ahead of a loop that goes through memory, but not beyond the end of a page. Where a pass is so long
+// that memory itself is waited for, loops begin to read this many bytes before they need them.
+constexpr int64_t kStreamBytes = 48 << 20;
+constexpr int64_t kAheadBytes = 16 << 10;
+
+template <class T>
+bool rows_read_ahead(const Layout& layout, int64_t tensors) {
+  return tensors * layout.numbers() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+}
+template <class T>
+constexpr int64_t kAhead = kAheadBytes / static_cast<int64_t>(sizeof(T));
+
+// f(what is so, as a type): its loops are compiled for both.
 template <class F>
-void with_past(bool past, F&& f) {
-  if (past)
+void with_known(bool so, F&& f) {
+  if (so)
     f(std::true_type());
   else
     f(std::false_type());
+}
+
+// f(whether outputs go past the caches, whether inputs are read ahead, which they are only then).
+template <class F>
+void with_known(bool past, bool ahead, F&& f) {
+  if (past && ahead)
+    f(std::true_type(), std::true_type());
+  else
+    with_known(past, [&](auto known) { f(known, std::false_type()); });
 }
 
 // Columns up to a whole vector.

@@ -10,7 +10,7 @@
 
 namespace batchlab {
 
-constexpr int64_t kTileBytes = 1 << 20;   // of x, half of a common second-level cache
+constexpr int64_t kTileBytes = 1 << 20;   // of what is read twice, half of a common second-level cache
 constexpr int64_t kMostChannels = 128;    // in a tile
 constexpr int64_t kLaneAdditions = 64;    // to a lane of float, before it goes into a double
 
@@ -21,6 +21,29 @@ struct Planes {
     return std::clamp<int64_t>(kTileBytes / std::max<int64_t>(1, samples * size * bytes), 1,
                                std::min(kMostChannels, channels));
   }
+};
+
+// Large inputs are read ahead of their use, too: while a tile is written past the caches, the next one is read into the
+// half that is left for it. If a channel alone is more than that, the next sample's planes are what is read ahead.
+struct Ahead {
+  static constexpr int64_t kLeastPlane = 128;  // numbers; more is lost with shorter planes than is won
+
+  static bool pays(int64_t size) { return size >= kLeastPlane; }
+
+  int64_t next_tile = 0, next_sample = 0;  // distance in numbers; 0: not read ahead
+
+  // Of tiles [from, to) in samples [first, last), `bytes` to be read for each number.
+  Ahead(const Planes& p, int64_t bytes, int64_t from, int64_t to, int64_t first, int64_t last) {
+    const int64_t width = (to - from) * p.size;
+    if (!pays(p.size)) return;
+    if (width * (last - first) * bytes > kTileBytes / 2)
+      next_sample = p.channels * p.size;
+    else if (to < p.channels || last - first == 1)
+      next_tile = width;
+  }
+
+  // Where samples are walked from the last to the first.
+  int64_t backwards() const { return next_tile - next_sample; }
 };
 
 // The lanes of the last vector of a plane that the ones before it have not had: it starts so that it ends with the plane.
@@ -96,9 +119,12 @@ inline void sum_planes(const Planes& p, int64_t from, int64_t to, int64_t first,
 // The planes of a sample are neighbours, and are written as if they were one: at multiples of a vector, so that none lies
 // in two lines of the cache, and a vector that two channels share has some lanes of both. With `past` these go past
 // the caches.
+//
+// The functions are copies and should hold copies: what is written through a pointer could be, for all the compiler
+// knows, what they refer to, and would be loaded again for every vector.
 template <class A, bool past, class T, class Parameters, class Value, class Write>
 inline void each_plane(const Planes& p, const T* output, int64_t from, int64_t to, int64_t first, int64_t last,
-                       Parameters&& parameters, Value&& value, Write&& write) {
+                       Parameters parameters, Value value, Write write) {
   constexpr int width = kWidth<A>;
   constexpr int64_t bytes = width * sizeof(T);
   for (int64_t n = last - 1; n >= first; --n) {

@@ -77,14 +77,18 @@ void sum_section(const Layout& layout, const Section& section, Totals& totals, S
 }
 
 template <class A, class T, class Each, class Some>
-void each_in_block(const Section& section, const Block& block, const T* output, bool large, Each&& each, Some&& some) {
+void each_in_block(const Section& section, const Block& block, const T* output, bool large, bool ahead, Each&& each,
+                   Some&& some) {
   const int64_t bytes = kWidth<A> * sizeof(T);
   const auto whole = [&](int64_t numbers) { return numbers * static_cast<int64_t>(sizeof(T)) % bytes == 0; };
   const bool past = large && reinterpret_cast<uintptr_t>(output) % bytes == 0 && whole(section.rows.columns) &&
                     whole(section.origin);
-  with_past(past, [&](auto far) {
+  with_known(past, ahead, [&](auto far, auto reads_ahead) {
     each_row<A>(
-        block, [&](int64_t row, int64_t last, int64_t q, auto vectors) { each(section, row, last, q, vectors, far); },
+        block,
+        [&](int64_t row, int64_t last, int64_t q, auto vectors) {
+          each(section, row, last, q, vectors, far, reads_ahead);
+        },
         [&](int64_t row, int64_t last, int64_t q, int64_t count) { some(section, row, last, q, count); });
     if (far.value) fence();
   });
@@ -147,9 +151,9 @@ void in_rows(const Layout& layout, int64_t bytes, SumBlock sum_block, SettleChan
 // How planes are cut into pieces of work: tiles of channels, and samples too where there are fewer tiles than threads.
 struct Cut {
   int64_t tile, tiles, chunks;
-  Cut(const Layout& layout, int64_t bytes) {
+  Cut(const Layout& layout, int64_t bytes, bool far) {
     const Planes p{layout.samples, layout.channels, layout.size};
-    tile = p.tile(bytes);
+    tile = p.tile(far && Ahead::pays(layout.size) ? 2 * bytes : bytes);
     const int64_t threads = torch::stable::get_num_threads();
     if (threads > 1) tile = std::min(tile, std::max<int64_t>(1, layout.channels / (2 * threads)));
     tiles = (layout.channels + tile - 1) / tile;
@@ -166,9 +170,9 @@ using Settle = Call<bool(int64_t from, int64_t to, const double* one, const doub
 using SettleOne = Call<bool(int64_t channel, double one, double two)>;
 using FinishTile = Call<void(int64_t from, int64_t to, int64_t first, int64_t last)>;
 
-inline void in_tiles(const Layout& layout, int64_t bytes, SumTile sum_tile, Settle settle, SettleOne settle_one,
-                     FinishTile finish) {
-  const Cut cut(layout, bytes);
+inline void in_tiles(const Layout& layout, int64_t bytes, bool far, SumTile sum_tile, Settle settle,
+                     SettleOne settle_one, FinishTile finish) {
+  const Cut cut(layout, bytes, far);
   const int64_t channels = layout.channels;
   const auto settle_all = [&](int64_t from, int64_t to, double* one, double* two) {
     if (settle(from, to, one + from, two + from)) return;
@@ -225,7 +229,7 @@ inline void everywhere(const Layout& layout, int64_t bytes, FinishTile tile, Fin
     }
     return;
   }
-  const Cut cut(layout, bytes);
+  const Cut cut(layout, bytes, false);
   const int64_t pieces = layout.samples * cut.tiles;
   torch::stable::parallel_for(0, pieces, grain(layout, pieces), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
