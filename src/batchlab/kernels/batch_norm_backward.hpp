@@ -36,10 +36,7 @@ struct Backward {
 
   bool given() const { return std::isinf(count); }
 
-  int tensors() const { return 3 + (before.other != nullptr) + (residual_gradient != nullptr); }
-  bool far(const Layout& layout) const { return beyond_cache<T>(layout, tensors()); }
   int64_t bytes() const { return static_cast<int64_t>(sizeof(T)) * (before.other != nullptr ? 3 : 2); }
-  bool reads_ahead(const Layout& layout) const { return rows_read_ahead<T>(layout, tensors()); }
 
   // What the sums and the gradient are found from.
   template <class F>
@@ -74,7 +71,7 @@ struct Backward {
                 double* two) const {
     const Planes p{layout.samples, layout.channels, layout.size};
     const Last<A> end(layout.size);
-    const int64_t ahead = far(layout) ? Ahead(p, bytes(), from, to, first, last).next_sample : 0;
+    const int64_t ahead = beyond_cache<T>(layout) ? Ahead(p, bytes(), from, to, first, last).next_sample : 0;
     const auto take = [&](int64_t offset, int64_t c, auto&& f) {
       const auto load = [&](const T* of) { return Memory<T>::load(of + offset); };
       const Affine<A> a = affine(c);
@@ -99,7 +96,7 @@ struct Backward {
   void finish_tile(const Layout& layout, int64_t from, int64_t to, int64_t first, int64_t last) const {
     const Planes p{layout.samples, layout.channels, layout.size};
     const int64_t ahead = Ahead(p, bytes(), from, to, first, last).backwards();
-    with_known(far(layout), ahead != 0, [&](auto past, auto reads_ahead) {
+    with_known(beyond_cache<T>(layout), ahead != 0, [&](auto past, auto reads_ahead) {
       each_plane<A, past.value>(
           p, input_gradient, from, to, first, last,
           [here = *this](int64_t c) {
@@ -159,7 +156,7 @@ struct Backward {
 
   void sum_block(const Layout& layout, const Columns& columns, const Section& section, const Block& block, double* one,
                  double* two, A* scratch) const {
-    with_known(reads_ahead(layout), [&](auto reads_ahead) {
+    with_known(rows_read_ahead<T>(layout), [&](auto reads_ahead) {
       sum_rows<A>(
           block, one, two, scratch,
           [&](Sums<A>* s, int64_t row, int64_t last, int64_t q, auto vectors) {
@@ -174,7 +171,7 @@ struct Backward {
   void block(const Layout& layout, const Columns& columns, const Section& section, const Block& of) const {
     const int64_t width = section.rows.columns;
     each_in_block<A>(
-        section, of, input_gradient, far(layout), reads_ahead(layout),
+        section, of, input_gradient, layout,
         [&](const Section& s, int64_t row, int64_t last, int64_t q, auto vectors, auto past, auto reads_ahead) {
           const Backward here = *this;
           const int64_t step = width;
@@ -256,7 +253,7 @@ void with_sums(const Layout& layout, const Problem& problem, Summed summed, bool
   using A = typename Computed<T>::type;
   if (!layout.rows) {
     in_tiles(
-        layout, problem.bytes(), problem.far(layout),
+        layout, problem.bytes(), beyond_cache<T>(layout),
         [&](int64_t a, int64_t b, int64_t first, int64_t last, double* one, double* two) {
           problem.sum_tile(layout, a, b, first, last, one, two);
         },

@@ -63,8 +63,6 @@ struct Moments {
 
   Moments(const T* x_, const Layout& layout_) : x(x_), layout(layout_), pivot(layout_.channels) {}
 
-  bool far() const { return beyond_cache<T>(layout, 2); }
-
   // The mean of some of the first values: near the mean of all, or `settle` finds out that it is not.
   void choose_pivot(int64_t from, int64_t to) {
     constexpr int width = kWidth<A>;
@@ -95,7 +93,7 @@ struct Moments {
   void sum_tile(int64_t from, int64_t to, int64_t first, int64_t last, double* one, double* two) const {
     const Planes p{layout.samples, layout.channels, layout.size};
     const Last<A> end(layout.size);
-    const int64_t ahead = far() ? Ahead(p, sizeof(T), from, to, first, last).next_sample : 0;
+    const int64_t ahead = beyond_cache<T>(layout) ? Ahead(p, sizeof(T), from, to, first, last).next_sample : 0;
     const auto distance = [&](int64_t offset, int64_t c) { return Memory<T>::load(x + offset) - all(pivot[c]); };
     with_known(ahead != 0, [&](auto reads_ahead) {
       sum_planes<A>(
@@ -133,7 +131,7 @@ struct Moments {
 
   void sum_block(const A* columns, const Section& section, const Block& block, double* one, double* two,
                  A* scratch) const {
-    with_known(rows_read_ahead<T>(layout, 2), [&](auto reads_ahead) {
+    with_known(rows_read_ahead<T>(layout), [&](auto reads_ahead) {
       sum_rows<A>(
           block, one, two, scratch,
           [&](Sums<A>* s, int64_t row, int64_t last, int64_t q, auto vectors) {
@@ -231,7 +229,7 @@ struct Apply {
     const Planes p{layout.samples, layout.channels, layout.size};
     const int64_t ahead = Ahead(p, sizeof(T), from, to, first, last).backwards();
     const int64_t once = last - first == 1 ? ahead : -p.at(1, 0);  // what no sums were taken of is read here only
-    with_known(beyond_cache<T>(layout, has_residual ? 3 : 2), ahead != 0, [&](auto past, auto reads_ahead) {
+    with_known(beyond_cache<T>(layout), ahead != 0, [&](auto past, auto reads_ahead) {
       each_plane<A, past.value>(
           p, y, from, to, first, last,
           [numbers](int64_t c) {
@@ -248,13 +246,13 @@ struct Apply {
 
   // `columns` are mean, scale and shift of all columns, `padded` apart.
   void block(const Layout& layout, const A* columns, int64_t padded, const Section& section, const Block& of) const {
-    const int64_t tensors = has_residual ? 3 : 2, width = section.rows.columns;
+    const int64_t width = section.rows.columns;
     const auto affine = [&](int64_t q) {
       return Affine<A>{Memory<A>::load(columns + q), Memory<A>::load(columns + padded + q),
                        Memory<A>::load(columns + 2 * padded + q)};
     };
     each_in_block<A>(
-        section, of, y, beyond_cache<T>(layout, tensors), rows_read_ahead<T>(layout, tensors),
+        section, of, y, layout,
         [&](const Section& s, int64_t row, int64_t last, int64_t q, auto vectors, auto past, auto reads_ahead) {
           const Apply here = *this;
           const int64_t step = width;
@@ -305,7 +303,7 @@ void with_moments(const T* x, const Layout& layout, double eps, Settled settled,
   };
   if (!layout.rows) {
     in_tiles(
-        layout, sizeof(T), moments.far(),
+        layout, sizeof(T), beyond_cache<T>(layout),
         [&](int64_t a, int64_t b, int64_t first, int64_t last, double* one, double* two) {
           moments.sum_tile(a, b, first, last, one, two);
         },

@@ -71,24 +71,25 @@ Layout layout_of(const Tensor& x) {
   return layout;
 }
 
-// Whether what a pass reads and writes, this many tensors, is so much that little of the output's memory can be in the
-// caches: then it need not be read before it is overwritten. Where everything else a network does lies between two
-// uses of the same memory, that is so from a few megabytes on, and pays even if the output is read right away.
-constexpr int64_t kCacheBytes = 16 << 20;
+// Whether tensors are so large that little of an output's memory can be in the caches when it is written again: then it
+// need not be read before it is overwritten, and goes past them. Everything else a network does lies between two uses
+// of the same memory, so this is so from a few megabytes on, and pays even if the output is read right away. Forward and
+// backward share memory, and so must agree: what goes past the caches is not in them for the other one.
+constexpr int64_t kCacheBytes = 5 << 20;
 
 template <class T>
-bool beyond_cache(const Layout& layout, int64_t tensors) {
-  return tensors * layout.numbers() * static_cast<int64_t>(sizeof(T)) >= kCacheBytes;
+bool beyond_cache(const Layout& layout) {
+  return layout.numbers() * static_cast<int64_t>(sizeof(T)) >= kCacheBytes;
 }
 
 // Processors read ahead of a loop that goes through memory, but not beyond the end of a page. Where a pass is so long
-// that memory itself is waited for, loops begin to read this many bytes before they need them.
-constexpr int64_t kStreamBytes = 48 << 20;
+// that memory itself is waited for, loops over rows begin to read this many bytes before they need them.
+constexpr int64_t kStreamBytes = 20 << 20;
 constexpr int64_t kAheadBytes = 16 << 10;
 
 template <class T>
-bool rows_read_ahead(const Layout& layout, int64_t tensors) {
-  return tensors * layout.numbers() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+bool rows_read_ahead(const Layout& layout) {
+  return layout.numbers() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
 }
 template <class T>
 constexpr int64_t kAhead = kAheadBytes / static_cast<int64_t>(sizeof(T));

@@ -77,13 +77,13 @@ void sum_section(const Layout& layout, const Section& section, Totals& totals, S
 }
 
 template <class A, class T, class Each, class Some>
-void each_in_block(const Section& section, const Block& block, const T* output, bool large, bool ahead, Each&& each,
+void each_in_block(const Section& section, const Block& block, const T* output, const Layout& layout, Each&& each,
                    Some&& some) {
   const int64_t bytes = kWidth<A> * sizeof(T);
   const auto whole = [&](int64_t numbers) { return numbers * static_cast<int64_t>(sizeof(T)) % bytes == 0; };
-  const bool past = large && reinterpret_cast<uintptr_t>(output) % bytes == 0 && whole(section.rows.columns) &&
+  const bool past = beyond_cache<T>(layout) && reinterpret_cast<uintptr_t>(output) % bytes == 0 && whole(section.rows.columns) &&
                     whole(section.origin);
-  with_known(past, ahead, [&](auto far, auto reads_ahead) {
+  with_known(past, rows_read_ahead<T>(layout), [&](auto far, auto reads_ahead) {
     each_row<A>(
         block,
         [&](int64_t row, int64_t last, int64_t q, auto vectors) {
