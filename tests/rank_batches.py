@@ -5,15 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-ACTIVATE = {
-    None: lambda x: x,
-    "relu": F.relu,
-    "leaky_relu": lambda x: F.leaky_relu(x, 0.01),
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-}
+from tests.batch_norm_tables import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -144,7 +137,7 @@ def exact(problem: Problem, higher: bool = False) -> dict[str, Any]:
         weight, bias = (given[rank][name].view(-1, *[1] * (ndim - 2)) for name in ("weight", "bias"))
         y = value * weight + bias
         y = y + given[rank]["residual"] if problem.residual else y
-        ys.append(torch.where(mask, ACTIVATE[problem.activation](y), 0))
+        ys.append(torch.where(mask, ACTIVATIONS[problem.activation](y), 0))
     gs = [g.double() for g in parts["g"]]
     found: dict[str, Any] = {"y": ys}
     names = list(given[0])

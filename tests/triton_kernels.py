@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.batch_norm_tables import ACTIVATIONS
+
 DEVICE: Final = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -34,14 +36,6 @@ def load() -> ModuleType:
 
 
 B: Final = load()
-
-ACTIVATIONS: Final[dict[str | None, Callable[[Tensor], Tensor]]] = {
-    None: lambda x: x,
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-}
 
 DTYPES: Final = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -10,18 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchlab.functional import batch_norm, update_running_statistics
+from tests.batch_norm_tables import ACTIVATIONS
 from tests.cases import CASE_IDS, CASES, Case
 
-ACTIVATION_FUNCTIONS = {
-    None: lambda x: x,
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-}
 NAMES = ("output", "grad_x", "grad_weight", "grad_bias", "running_mean", "running_var")
-
-
 MOMENTUM = 0.3
 
 
@@ -117,7 +109,7 @@ def test_constant_channels_give_exactly_the_bias() -> None:
 @pytest.mark.parametrize("backend", ["auto", "reference", "aten"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize("activation", list(ACTIVATION_FUNCTIONS))
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_normalize_then_add_then_activate(
     activation: str | None, with_residual: bool, training: bool, backend: str
 ) -> None:
@@ -134,7 +126,7 @@ def test_normalize_then_add_then_activate(
             )
         else:
             y = F.batch_norm(x, mean, var, weight, bias, training)
-            y = ACTIVATION_FUNCTIONS[activation](y if residual is None else y + residual)
+            y = ACTIVATIONS[activation](y if residual is None else y + residual)
         inputs = [t for t in (x, residual, weight, bias) if t is not None]
         results.append([y, mean, var, *torch.autograd.grad(y.sin().sum(), inputs)])
     for a, b in zip(*results, strict=True):
@@ -211,7 +203,7 @@ def test_mask_is_batch_norm_of_the_valid_entries(
     frames, frames_residual = rows(values).requires_grad_(), rows(residual).requires_grad_()
     expected_mean, expected_var = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     expected = F.batch_norm(frames, expected_mean, expected_var, weight, bias, True) + frames_residual
-    expected = ACTIVATION_FUNCTIONS[activation](expected)
+    expected = ACTIVATIONS[activation](expected)
     expected.backward(rows(g))
     torch.testing.assert_close(rows(y), expected)
     torch.testing.assert_close(rows(x.grad), frames.grad)

@@ -16,24 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from batchlab import functional, nn
 from batchlab.kernels import batch_norm as kernel
+from tests.batch_norm_tables import ACTIVATIONS
 
 pytestmark = pytest.mark.skipif(not kernel.available(), reason="there is no C++ compiler")
 
-ACTIVATIONS = list(kernel.ACTIVATIONS)
-APPLY: dict[str | None, Callable[[Tensor], Tensor]] = {
-    None: lambda x: x,
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-}
 INPUTS = ("x", "weight", "bias", "residual")
 MEAN, VARIANCE = torch.tensor([0.3, -0.7], dtype=torch.float64), torch.tensor([0.5, 2.0], dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
 
 
 def _leaves(shape: tuple[int, ...] = (4, 2, 2), dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -71,7 +59,7 @@ def _torchs(training: bool, activation: str | None) -> Callable[..., Tensor]:
         assert given[0] is not None
         running = (None, None) if training else (MEAN, VARIANCE)
         y = F.batch_norm(given[0], *running, given[1], given[2], training, 0.0, 1e-5)
-        return APPLY[activation](y if given[3] is None else y + given[3])
+        return ACTIVATIONS[activation](y if given[3] is None else y + given[3])
 
     return call
 

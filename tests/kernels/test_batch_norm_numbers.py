@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,26 +12,9 @@ from torch.nn import functional as F
 
 from batchlab import functional
 from batchlab.kernels import batch_norm as kernel
+from tests.batch_norm_tables import ACTIVATIONS, DTYPES, FLOOR
 
 pytestmark = pytest.mark.skipif(not kernel.available(), reason="there is no C++ compiler")
-
-ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
-    None: lambda x: x,
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-}
-FLOOR = {torch.float32: 4e-6, torch.float64: 1e-13, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
-DTYPES = list(FLOOR)
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _by_channel(errors: Tensor) -> Tensor:

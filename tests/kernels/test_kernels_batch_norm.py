@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,16 +12,10 @@ from torch.nn import functional as F
 
 from batchlab import functional, nn
 from batchlab.kernels import batch_norm as kernel
+from tests.batch_norm_tables import ACTIVATIONS, FLOOR
 
 pytestmark = pytest.mark.skipif(not kernel.available(), reason="there is no C++ compiler")
 
-ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
-    None: lambda x: x,
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-}
 # Rows that fill vectors and rows that do not, planes smaller than a vector, with a rest, and of several pieces.
 SHAPES = [
     (60, 100),
@@ -95,9 +88,6 @@ def _worst(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).abs().max())
 
 
-FLOOR = {torch.float32: 4e-6, torch.float64: 1e-13, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
-
-
 def _check(x: Tensor, residual: Tensor | None, activation: str | None) -> None:
     channels = x.shape[1]
     weight, bias = torch.randn(channels, dtype=torch.float64), torch.randn(channels, dtype=torch.float64)
@@ -107,14 +97,6 @@ def _check(x: Tensor, residual: Tensor | None, activation: str | None) -> None:
     for ours, theirs, exact in zip(_ours(*arguments), _torch(*arguments), _exact(*arguments), strict=True):
         allowed = 2 * _worst(theirs, exact) + FLOOR[x.dtype] * max(1.0, float(exact.abs().max()))
         assert _worst(ours, exact) <= allowed
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(("shape", "kind"), LAYOUTS, ids=NAMES)
