@@ -78,11 +78,9 @@ std::tuple<Tensor, Tensor> evaluate(Tensor x, Tensor mean, Tensor variance, Opti
     const Parameters<A> parameters{data_or_null<A>(weight), data_or_null<A>(bias), eps};
     const auto numbers = numbers_in<A>(saved, channels);
     Scratch<double> given(3 * channels);
-    for (int64_t c = 0; c < channels; ++c) {
-      given[c] = number_of(mean, c);
-      given[channels + c] = 0;
-      given[2 * channels + c] = number_of(variance, c);
-    }
+    copy_numbers(mean, given + 0);
+    std::fill_n(given + channels, channels, 0.0);
+    copy_numbers(variance, given + 2 * channels);
     parameters.prepare(numbers, 0, channels, given + 0, given + channels, given + 2 * channels);
     if (x.numel() > 0) normalize_given<T, A>(x, other, y, numbers, activation);
   });

@@ -141,10 +141,13 @@ inline void check_numbers(const Tensor& numbers, int64_t rows, int64_t channels,
                   wide ? "float64" : "float32");
 }
 
-// Of a vector in float32 or float64.
-inline double number_of(const Tensor& vector, int64_t i) {
-  if (vector.scalar_type() == ScalarType::Double) return static_cast<const double*>(vector.const_data_ptr())[i];
-  return static_cast<const float*>(vector.const_data_ptr())[i];
+// The numbers of a vector of float32 or float64, as double.
+inline void copy_numbers(const Tensor& vector, double* to) {
+  const auto copy = [&](const auto* from) { std::copy(from, from + vector.numel(), to); };
+  if (vector.scalar_type() == ScalarType::Double)
+    copy(static_cast<const double*>(vector.const_data_ptr()));
+  else
+    copy(static_cast<const float*>(vector.const_data_ptr()));
 }
 
 }  // namespace batchlab
