@@ -122,7 +122,7 @@ def interval_rows(
     levels: Mapping[str, float],
     description: str,
 ) -> str:
-    """A row for each thing, with a mark and an interval for each group.
+    """A row for each thing, with a mark and an interval for each group; one beyond the edge ends in an arrow.
 
     Args:
         name: of the figure.
@@ -135,13 +135,18 @@ def interval_rows(
     with drawing(name, height=0.9 + 0.32 * len(rows)) as (figure, (axes,)):
         shown = [value.mean for values in groups.values() for value in values.values()] + list(levels.values())
         margin = 0.2 * (max(shown) - min(shown)) or 1.0
-        axes.set_xlim(min(shown) - margin, max(shown) + margin)
+        edges = min(shown) - margin, max(shown) + margin
+        axes.set_xlim(*edges)
         for place, ((label, values), color, marker) in enumerate(zip(groups.items(), COLORS, "osD^", strict=False)):
             offset = 0.3 * (place - (len(groups) - 1) / 2)
             for row, value in values.items():
                 y = rows.index(row) + offset
                 if value.low == value.low:
                     axes.plot([value.low, value.high], [y, y], color=color, linewidth=1.4)
+                    if value.low < edges[0]:
+                        axes.plot([edges[0]], [y], "<", color=color, markersize=5, clip_on=False)
+                    if value.high > edges[1]:
+                        axes.plot([edges[1]], [y], ">", color=color, markersize=5, clip_on=False)
                 axes.plot([value.mean], [y], marker, color=color, markersize=5)
             axes.plot([], [], marker, color=color, markersize=5, label=label)
         for text, level in levels.items():

@@ -179,7 +179,7 @@ def build_page(finished: Finished, summary: Summary, command: str, drawn: dict[s
             drawn["shares"],
             "How much of batch norm's gain each arm keeps, in training steps on a logarithmic scale: 0 % needs as many "
             "as the plain network, 100 % as few as batch norm. Arms that did not reach the accuracy in every run have "
-            f"no mark. {seeds}",
+            f"no mark. {seeds} A line that ends in an arrow goes on beyond the figure.",
         )
         if "shares" in drawn
         else FigureBlock(
