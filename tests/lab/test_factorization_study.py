@@ -32,6 +32,7 @@ TINY = FactorizationSettings(
     seeds=2,
     rates=(0.03,),
     search_steps=10,
+    search_seeds=1,
     widths=(12, 10),
     batch_size=50,
     spacing=0.5,
@@ -107,8 +108,8 @@ def test_every_arm_has_its_own_rates_in_plan_and_choice() -> None:
     assert "runs/search/path_sgd-small-rate3e-05-seed1000" in plan
     assert plan["runs/search/natural-small-rate0.003-seed1000"].optimizer.learning_rate == 0.003
     full = search_plan(SIZES["full"], arms(SIZES["full"]), 60_000)
-    assert len(full) == 22 * 7
-    rates = [run.optimizer.learning_rate for name, run in full.items() if "path_sgd-small" in name]
+    assert len(full) == 22 * 7 * SIZES["full"].search_seeds
+    rates = {run.optimizer.learning_rate for name, run in full.items() if "path_sgd-small" in name}
     assert sorted(rates) == pytest.approx([1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3])
     chosen = ((name, SIZES["full"].rates_of(name)[0]) for name in arms(SIZES["full"]))
     assert len(final_plan(SIZES["full"], arms(SIZES["full"]), chosen)) == 22 * 5
