@@ -76,7 +76,7 @@ class FactorizationSettings(ComparisonSettings):
     Args:
         rates: for most arms; those of Path-SGD and of natural coordinates are multiplied by `Arm.rate_scales`.
         search_seeds: with one, luck decides between two rates of the plain network, and with it how far batch norm is
-            ahead: 2.4 times or 4.1 in two such studies.
+            ahead of it (experiments/factorization, what it does not show).
         widths: of the hidden layers; a ReLU network, because Path-SGD knows no other.
         starts: "he" and "small", the first weights.
         small_std: standard deviation of the first weights of the small start; He's is √(2/units), 0.14 for 100.
