@@ -2,7 +2,8 @@
 
 Memory traffic is the limit. Counting in tensors of the input's size: forward has to read one and write one, backward
 to read two and write one: 2.5 copies, if what is read twice is in the cache the second time. The table says how many
-copies into an existing buffer, measured in the same rounds, each took.
+copies into an existing buffer, measured in the same rounds, each took. torch's ReLU alone reads and writes as much,
+and is one operation for autograd: what a batch norm with its ReLU costs is to be compared with that, too.
 
     python -m benchmarks.batch_norm [--threads 1] [--quick] [--what train|residual|evaluation] [--compiled]
 """
@@ -51,7 +52,7 @@ def cases(quick: bool) -> dict[str, tuple[tuple[int, ...], torch.memory_format]]
 def candidates(
     shape: tuple[int, ...], memory_format: torch.memory_format, what: str, compiled: bool
 ) -> dict[str, Callable[[], object]]:
-    """torch, this library, and a copy, each as one call; torch's two layers compiled too, if that is asked for."""
+    """Each as one call: torch, this library, a copy, torch's ReLU alone, and torch's two layers compiled if asked for."""
     x = torch.randn(shape).contiguous(memory_format=memory_format)
     gradient, residual, buffer = (torch.empty_like(x).copy_(torch.randn(shape)) for _ in range(3))
     kind = f"BatchNorm{max(1, len(shape) - 2)}d"
@@ -68,6 +69,7 @@ def candidates(
             "torch": torch.no_grad()(lambda: F.relu(theirs(x))),
             "batchlab": torch.no_grad()(lambda: ours(x)),
             "copy": lambda: buffer.copy_(x),
+            "relu": torch.no_grad()(lambda: F.relu(x)),
         }
     x.requires_grad_()
     if what == "residual":
@@ -81,6 +83,7 @@ def candidates(
         "torch": lambda: step(F.relu(theirs(x)), [x, *theirs.parameters()]),
         "batchlab": lambda: step(ours(x), [x, *ours.parameters()]),
         "copy": lambda: buffer.copy_(x.detach()),
+        "relu": lambda: step(F.relu(x), [x]),
     }
     if compiled:
         both = torch.compile(torch.nn.Sequential(theirs, torch.nn.ReLU()), fullgraph=True, dynamic=False)
@@ -105,9 +108,9 @@ def main() -> None:
     torch.manual_seed(0)
     table = Table(title=f"BN + ReLU, {options.what}, float32, {options.threads} thread(s)")
     last = "torch.compile µs" if options.compiled else "copies"
-    for column in ("shape", "MB", "torch µs", "batchlab µs", "times faster", "quartiles", last):
+    for column in ("shape", "MB", "torch µs", "batchlab µs", "times faster", "quartiles", "ReLU alone µs", last):
         table.add_column(column, justify="left" if column == "shape" else "right", no_wrap=column == "shape")
-    ratios, limits = [], []
+    ratios, limits, alone = [], [], []
     for name, (shape, memory_format) in cases(options.quick).items():
         if options.compiled:
             if shape not in COMPILED:
@@ -123,6 +126,9 @@ def main() -> None:
         faster, copies = 1 / mine.ratio, mine.seconds / timings["copy"].seconds
         ratios.append(faster)
         limits.append(theirs.seconds / (LIMIT[options.what] * timings["copy"].seconds))
+        relu = timings.get("relu")
+        if relu is not None:
+            alone.append(1 / relu.ratio)
         table.add_row(
             name,
             f"{size / 1e6:.1f}",
@@ -130,6 +136,7 @@ def main() -> None:
             f"{1e6 * mine.seconds:,.0f}",
             f"{faster:.2f}",
             f"{1 / mine.high:.2f} to {1 / mine.low:.2f}",
+            "" if relu is None else f"{1e6 * relu.seconds:,.0f}",
             f"{1e6 * timings['compiled'].seconds:,.0f}" if options.compiled else f"{copies:.1f}",
         )
         append(
@@ -150,6 +157,7 @@ def main() -> None:
     console.print(
         f"geometric mean {geometric_mean(ratios):.2f} times faster, worst {min(ratios):.2f}, {len(ratios)} shapes; "
         f"{LIMIT[options.what]:g} copies of each would be {geometric_mean(limits):.2f} times faster"
+        + (f", torch's ReLU alone {geometric_mean(alone):.2f} times" if alone else "")
     )
 
 

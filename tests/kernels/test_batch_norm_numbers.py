@@ -178,6 +178,9 @@ FAR = {
     "planes in tiles": (8, 128, 48, 49),
     "channels larger than a tile": (8, 6, 200, 224),
     "rows": (49_000, 130),
+    "just beyond, planes of odd size": (64, 100, 7, 7),
+    "just beyond, rows": (2100, 128),
+    "just beyond, columns in tiles": (70, 4500),
 }
 
 
@@ -201,7 +204,7 @@ def test_inputs_beyond_the_caches_follow_the_formula(place: str, with_residual: 
             y = (y + residual if with_residual else y).relu()
         return [y.detach(), *torch.autograd.grad(y, leaves, gradient.to(dtype))]
 
-    off = torch.finfo(torch.float32).eps * math.sqrt(x.numel() / x.shape[1])  # of a sum of so many numbers near 1
+    off = 4 * torch.finfo(torch.float32).eps * math.sqrt(x.numel() / x.shape[1])  # of sums of numbers near 1
     # The kernel may find a number on the other side of the ReLU's edge, if it is within a rounding of it.
     for mine, exact, allowed in zip(found(torch.float32), found(torch.float64), (1e-5, 1e-5, off, off), strict=True):
         wrong = (mine - exact).abs() > allowed * (1 + exact.abs())

@@ -169,7 +169,8 @@ void normalize(const Tensor& x, const std::optional<Tensor>& residual, Tensor& y
 template <class T, class A>
 void normalize_given(const Tensor& x, const std::optional<Tensor>& residual, Tensor& y,
                      const ChannelNumbers<A>& numbers, int64_t activation) {
-  const Layout layout = layout_of<A>(x);
+  Layout layout = layout_of<A>(x);
+  layout.cache_bytes = kEvaluationCacheBytes;
   const AffineColumns<A> columns(layout, numbers);
   if (layout.rows) columns.fill(0, layout.channels);
   with_apply<T>(x, residual, y, activation, [&](const auto& apply) {

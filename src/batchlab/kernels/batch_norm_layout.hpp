@@ -9,6 +9,13 @@ namespace batchlab {
 
 using torch::stable::Tensor;
 
+// Outputs of tensors from this size on go past the caches: little of their memory is in them when it is written again,
+// for everything else a network does lies between two uses of it, and so it need not be read before it is overwritten.
+// In training this is so from a megabyte on, about half a second-level cache, and for whole steps of a network, not only
+// for a layer whose output nobody reads. Forward and backward share memory, and so must agree: what goes past the caches
+// is not in them for the other one. In evaluation a layer writes where the one before it has just been.
+constexpr int64_t kTrainingCacheBytes = 1 << 20, kEvaluationCacheBytes = 5 << 20;
+
 // How a dense tensor lies in memory, and which channel a column belongs to where it lies in rows.
 struct Layout {
   bool rows = false;
@@ -17,6 +24,7 @@ struct Layout {
   // Rows of several short ones, and what is left of these.
   Rows main{0, 0}, rest{0, 0};
   int64_t part = 1;  // columns of a channel that are neighbours (planes smaller than a vector)
+  int64_t cache_bytes = kTrainingCacheBytes;
 
   int64_t channel(int64_t column) const { return part > 1 ? column / part : column % channels; }
   int64_t numbers() const { return count * channels; }
@@ -71,16 +79,10 @@ Layout layout_of(const Tensor& x) {
   return layout;
 }
 
-// Whether tensors are so large that little of an output's memory can be in the caches when it is written again: then it
-// need not be read before it is overwritten, and goes past them. Everything else a network does lies between two uses
-// of the same memory, so this is so from a few megabytes on. On one thread it mostly pays even if the output is read
-// right away; on two that costs up to 8 % between 5 and 7 MB, where their caches would still have held it. Forward and
-// backward share memory, and so must agree: what goes past the caches is not in them for the other one.
-constexpr int64_t kCacheBytes = 5 << 20;
-
+// Whether outputs go past the caches.
 template <class T>
 bool beyond_cache(const Layout& layout) {
-  return layout.numbers() * static_cast<int64_t>(sizeof(T)) >= kCacheBytes;
+  return layout.numbers() * static_cast<int64_t>(sizeof(T)) >= layout.cache_bytes;
 }
 
 // Processors read ahead of a loop that goes through memory, but not beyond the end of a page. Where a pass is so long
