@@ -52,7 +52,7 @@ def cases(quick: bool) -> dict[str, tuple[tuple[int, ...], torch.memory_format]]
 def candidates(
     shape: tuple[int, ...], memory_format: torch.memory_format, what: str, compiled: bool
 ) -> dict[str, Callable[[], object]]:
-    """Each as one call: torch, this library, a copy, torch's ReLU alone, and torch's two layers compiled if asked for."""
+    """Each as one call: torch, this library, a copy, torch's ReLU alone; if asked for, torch's two layers compiled."""
     x = torch.randn(shape).contiguous(memory_format=memory_format)
     gradient, residual, buffer = (torch.empty_like(x).copy_(torch.randn(shape)) for _ in range(3))
     kind = f"BatchNorm{max(1, len(shape) - 2)}d"
