@@ -153,6 +153,7 @@ def main() -> None:
             },
         )
     console = Console()
+    console.width = max(console.width, 120)  # wider than some terminals, which wrap it, but nothing is cut off
     console.print(table)
     console.print(
         f"geometric mean {geometric_mean(ratios):.2f} times faster, worst {min(ratios):.2f}, {len(ratios)} shapes; "
