@@ -1,0 +1,60 @@
+"""The numbers on batch norm's card and in the README are those of the records of `benchmarks.batch_norm`."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHAPES = 64
+# The card's rows: (what, threads, copies of all that has to move).
+ROWS = {
+    "BN + ReLU, forward and backward": ("train", 1, 2.5),
+    "BN + residual + ReLU, forward and backward": ("residual", 1, 4.0),
+    "BN + ReLU, evaluation without a gradient": ("evaluation", 1, 1.0),
+    "BN + ReLU, forward and backward, two threads": ("train", 2, 2.5),
+}
+
+
+def _last(what: str, threads: int) -> list[dict[str, Any]]:
+    lines = (ROOT / "benchmarks" / "results" / "batch_norm.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    found = [
+        f for f in found if f.get("what") == what and f["threads"] == threads and "compiled" not in f["microseconds"]
+    ][-SHAPES:]
+    assert len({f["case"] for f in found}) == SHAPES
+    return found
+
+
+def _mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_card_has_the_last_records(row: str) -> None:
+    what, threads, copies = ROWS[row]
+    records = _last(what, threads)
+    times = {f["case"]: f["microseconds"] for f in records}
+    faster = {f["case"]: f["faster"][0] for f in records}
+    columns = [
+        _mean(list(faster.values())),
+        _mean([value for case, value in faster.items() if "channels-last" not in case]),
+        _mean([value for case, value in faster.items() if "channels-last" in case]),
+        min(faster.values()),
+        max(faster.values()),
+    ]
+    relu = f"{_mean([t['torch'] / t['relu'] for t in times.values()]):.2f}" if what != "residual" else "–"
+    limit = _mean([t["torch"] / copies / t["copy"] for t in times.values()])
+    plural = "copies" if copies > 1 else "copy"
+    expected = f"| {row} | {' | '.join(f'{c:.2f}' for c in columns)} | {relu} | {limit:.2f} ({copies:g} {plural}) |"
+    assert expected in (ROOT / "docs" / "cards" / "batch_norm.md").read_text()
+
+
+def test_the_readme_has_the_last_records() -> None:
+    faster = [f["faster"][0] for f in _last("train", 1)]
+    expected = (
+        f"{_mean(faster):.2f} times as fast as torch's two layers (mean over 64 shapes; {min(faster):.2f} at worst)"
+    )
+    assert expected in (ROOT / "README.md").read_text()
