@@ -213,9 +213,9 @@ def test_the_table_of_the_start_has_theory_and_measurement() -> None:
     assert len(rows) == 10
 
 
-def test_rates_are_shown_of_networks_that_train_and_edges_are_named() -> None:
+def test_rates_of_networks_that_do_not_train_are_in_brackets_and_edges_are_named() -> None:
     found = summary(TINY, sigmoid_3_none=result(0.1, 0.1, 0.9))
-    assert rate_table(TINY, found, "").rows[0] == ["sigmoid, without batch norm", "0.03", "–"]
+    assert rate_table(TINY, found, "").rows[0] == ["sigmoid, without batch norm", "0.03", "(0.03)"]
     assert closing(found) == "No network that trains has its best rate at the edge of those tried."
     edge = dataclasses.replace(found, not_closed=(cell("relu_he", 3, "batch_norm"),))
     assert closing(edge).endswith("beyond: ReLU, He's start, 3 layers, with batch norm (0.03).")

@@ -72,9 +72,11 @@ def start_table(settings: RectifiersSettings, summary: Summary, caption: str) ->
 
 
 def rate_table(settings: RectifiersSettings, summary: Summary, caption: str) -> Table:
-    """The learning rates that were chosen; none where not every run trains."""
+    """The learning rates that were chosen, in brackets where not every run trains."""
     return _by_depth(
-        settings, lambda name: f"{summary.chosen[name]:g}" if trains(summary.cells[name]) else "–", caption
+        settings,
+        lambda name: f"{summary.chosen[name]:g}" if trains(summary.cells[name]) else f"({summary.chosen[name]:g})",
+        caption,
     )
 
 
@@ -198,7 +200,7 @@ def build_page(finished: Finished, summary: Summary, command: str, drawn: dict[s
                     rate_table(
                         settings,
                         summary,
-                        "The chosen learning rates of the networks of which every run trains. All were offered "
+                        "The chosen learning rates, in brackets where not every run trains with them. All were offered "
                         f"{', '.join(f'{rate:g}' for rate in settings.rates)}.",
                     ),
                     Paragraph(closing(summary)),
