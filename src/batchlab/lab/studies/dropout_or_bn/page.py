@@ -121,8 +121,8 @@ def build_page(finished: Finished, summary: Summary, command: str, drawn: dict[s
         hero=FigureBlock(
             drawn["errors"],
             f"Share of test images recognized wrongly, each network at its own best learning rate. {seeds} The dotted "
-            "line is the multilayer perceptron with batch norm (BN) and without dropout. Dropout is between the layers, "
-            "directly before each BN, or last, after all BN.",
+            "line is the multilayer perceptron with batch norm (BN) and without dropout. Dropout is between the "
+            "layers, directly before each BN, or last, after all BN.",
         ),
         sections=[
             Section(

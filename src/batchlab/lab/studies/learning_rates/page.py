@@ -191,8 +191,8 @@ def _condition_blocks(
         FigureBlock(
             drawn[f"{activation}-ranges"],
             f"Learning rates at which every seed reaches {goal}, {kind} units; the dot is the best rate, "
-            "without a bar where no rate does. Blue: the length of the hidden weights has no influence on the output; orange: "
-            "it has.",
+            "without a bar where no rate does. Blue: the length of the hidden weights has no influence on the "
+            "output; orange: it has.",
         ),
         range_table(
             settings,

@@ -155,8 +155,8 @@ def build_page(finished: Finished, summary: Summary, command: str, drawn: dict[s
                         drawn["start-gradient"],
                         "The way back: mean square of the loss's gradient there. Where it is much larger in the first "
                         "layers than in the last, a rate that suits the last is too large for the first; where it is "
-                        f"much smaller, the first hardly learn. Drawn no lower than {1e-12:g}; where lines lie on one another, the "
-                        "table has the numbers.",
+                        f"much smaller, the first hardly learn. Drawn no lower than {1e-12:g}; where lines lie on "
+                        "one another, the table has the numbers.",
                     ),
                     start_table(
                         settings,
