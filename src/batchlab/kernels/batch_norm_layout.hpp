@@ -86,13 +86,14 @@ bool beyond_cache(const Layout& layout) {
 }
 
 // Processors read ahead of a loop that goes through memory, but not beyond the end of a page. Where a pass is so long
-// that memory itself is waited for, loops over rows begin to read this many bytes before they need them.
-constexpr int64_t kStreamBytes = 20 << 20;
+// that memory itself is waited for, loops over rows begin to read this many bytes before they need them; earlier where the
+// processor would stop at every group of rows.
+constexpr int64_t kStreamBytes = 20 << 20, kStretchesBytes = 4 << 20;
 constexpr int64_t kAheadBytes = 16 << 10;
 
 template <class T>
 bool rows_read_ahead(const Layout& layout) {
-  return layout.numbers() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+  return layout.numbers() * static_cast<int64_t>(sizeof(T)) >= (stops_at_stretches() ? kStretchesBytes : kStreamBytes);
 }
 template <class T>
 constexpr int64_t kAhead = kAheadBytes / static_cast<int64_t>(sizeof(T));

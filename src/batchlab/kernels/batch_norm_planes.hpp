@@ -16,6 +16,7 @@ constexpr int64_t kLaneAdditions = 64;    // to a lane of float, before it goes 
 
 struct Planes {
   int64_t samples, channels, size;
+  int64_t numbers() const { return samples * channels * size; }
   int64_t at(int64_t sample, int64_t channel) const { return (sample * channels + channel) * size; }
   int64_t tile(int64_t bytes) const {
     return std::clamp<int64_t>(kTileBytes / std::max<int64_t>(1, samples * size * bytes), 1,
@@ -26,16 +27,19 @@ struct Planes {
 // Large inputs are read ahead of their use, too: while a tile is written past the caches, the next one is read into the
 // half that is left for it. If a channel alone is more than that, the next sample's planes are what is read ahead.
 struct Ahead {
-  static constexpr int64_t kLeastPlane = 128;  // numbers; more is lost with shorter planes than is won
+  // With shorter planes more is lost than is won, but for large inputs where the processor would stop at every plane.
+  static constexpr int64_t kLeastPlane = 128, kStretchesNumbers = 1 << 20;
 
-  static bool pays(int64_t size) { return size >= kLeastPlane; }
+  static bool pays(const Planes& p) {
+    return p.size >= kLeastPlane || (p.numbers() >= kStretchesNumbers && stops_at_stretches());
+  }
 
   int64_t next_tile = 0, next_sample = 0;  // distance in numbers; 0: not read ahead
 
   // Of tiles [from, to) in samples [first, last), `bytes` to be read for each number.
   Ahead(const Planes& p, int64_t bytes, int64_t from, int64_t to, int64_t first, int64_t last) {
     const int64_t width = (to - from) * p.size;
-    if (!pays(p.size)) return;
+    if (!pays(p)) return;
     if (width * (last - first) * bytes > kTileBytes / 2)
       next_sample = p.channels * p.size;
     else if (to < p.channels || last - first == 1)

@@ -153,7 +153,7 @@ struct Cut {
   int64_t tile, tiles, chunks;
   Cut(const Layout& layout, int64_t bytes, bool far) {
     const Planes p{layout.samples, layout.channels, layout.size};
-    tile = p.tile(far && Ahead::pays(layout.size) ? 2 * bytes : bytes);
+    tile = p.tile(far && Ahead::pays(p) ? 2 * bytes : bytes);
     const int64_t threads = torch::stable::get_num_threads();
     if (threads > 1) tile = std::min(tile, std::max<int64_t>(1, layout.channels / (2 * threads)));
     tiles = (layout.channels + tile - 1) / tile;
