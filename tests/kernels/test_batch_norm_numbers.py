@@ -172,7 +172,8 @@ def test_no_numbers_at_all(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert batches == 0
 
 
-# Inputs so large that outputs go past the caches, and that what is needed next is read ahead.
+# Inputs so large that outputs go past the caches, and that what is needed next is read ahead; where that begins
+# depends on the processor: at 1 or 5 MiB, and at 4 or 20.
 
 FAR = {
     "planes in tiles": (8, 128, 48, 49),
@@ -181,6 +182,8 @@ FAR = {
     "just beyond, planes of odd size": (64, 100, 7, 7),
     "just beyond, rows": (2100, 128),
     "just beyond, columns in tiles": (70, 4500),
+    "beyond 5 MiB, planes of odd size": (96, 300, 7, 7),
+    "beyond 5 MiB, rows": (10_500, 130),
 }
 
 

@@ -4,6 +4,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include "batch_norm_rows.hpp"
+#include "processor.hpp"
 
 namespace batchlab {
 
@@ -11,10 +12,9 @@ using torch::stable::Tensor;
 
 // Outputs of tensors from this size on go past the caches: little of their memory is in them when it is written again,
 // for everything else a network does lies between two uses of it, and so it need not be read before it is overwritten.
-// In training this is so from a megabyte on, about half a second-level cache, and for whole steps of a network, not only
-// for a layer whose output nobody reads. Forward and backward share memory, and so must agree: what goes past the caches
-// is not in them for the other one. In evaluation a layer writes where the one before it has just been.
-constexpr int64_t kTrainingCacheBytes = 1 << 20, kEvaluationCacheBytes = 5 << 20;
+// In training the processor decides from where on. Forward and backward share memory, and so must agree: what goes past
+// the caches is not in them for the other one. In evaluation a layer writes where the one before it has just been.
+constexpr int64_t kEvaluationCacheBytes = 5 << 20;
 
 // How a dense tensor lies in memory, and which channel a column belongs to where it lies in rows.
 struct Layout {
@@ -24,7 +24,7 @@ struct Layout {
   // Rows of several short ones, and what is left of these.
   Rows main{0, 0}, rest{0, 0};
   int64_t part = 1;  // columns of a channel that are neighbours (planes smaller than a vector)
-  int64_t cache_bytes = kTrainingCacheBytes;
+  int64_t cache_bytes = pays_from().past_caches_bytes;
 
   int64_t channel(int64_t column) const { return part > 1 ? column / part : column % channels; }
   int64_t numbers() const { return count * channels; }
@@ -86,14 +86,12 @@ bool beyond_cache(const Layout& layout) {
 }
 
 // Processors read ahead of a loop that goes through memory, but not beyond the end of a page. Where a pass is so long
-// that memory itself is waited for, loops over rows begin to read this many bytes before they need them; earlier where the
-// processor would stop at every group of rows.
-constexpr int64_t kStreamBytes = 20 << 20, kStretchesBytes = 4 << 20;
+// that memory itself is waited for, loops over rows begin to read this many bytes before they need them.
 constexpr int64_t kAheadBytes = 16 << 10;
 
 template <class T>
 bool rows_read_ahead(const Layout& layout) {
-  return layout.numbers() * static_cast<int64_t>(sizeof(T)) >= (stops_at_stretches() ? kStretchesBytes : kStreamBytes);
+  return layout.numbers() * static_cast<int64_t>(sizeof(T)) >= pays_from().rows_ahead_bytes;
 }
 template <class T>
 constexpr int64_t kAhead = kAheadBytes / static_cast<int64_t>(sizeof(T));

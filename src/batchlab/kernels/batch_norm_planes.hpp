@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "batch_norm_math.hpp"
+#include "processor.hpp"
 
 namespace batchlab {
 
@@ -27,11 +28,10 @@ struct Planes {
 // Large inputs are read ahead of their use, too: while a tile is written past the caches, the next one is read into the
 // half that is left for it. If a channel alone is more than that, the next sample's planes are what is read ahead.
 struct Ahead {
-  // With shorter planes more is lost than is won, but for large inputs where the processor would stop at every plane.
-  static constexpr int64_t kLeastPlane = 128, kStretchesNumbers = 1 << 20;
+  static constexpr int64_t kLeastPlane = 128;  // numbers; with shorter ones it depends on the processor
 
   static bool pays(const Planes& p) {
-    return p.size >= kLeastPlane || (p.numbers() >= kStretchesNumbers && stops_at_stretches());
+    return p.size >= kLeastPlane || p.numbers() >= pays_from().short_planes_ahead_numbers;
   }
 
   int64_t next_tile = 0, next_sample = 0;  // distance in numbers; 0: not read ahead

@@ -194,18 +194,6 @@ inline void fence() {
 // Begin to read a line of memory, so that it is in the second-level cache when it is asked for. Any address will do.
 inline void begin_to_read(const void* from) { __builtin_prefetch(from, 0, 2); }
 
-// Whether the processor needs that help where memory is walked in short stretches: rows of neighbouring columns, planes
-// of few numbers. Intel's follow such a walk by themselves until memory itself is waited for, and lose by it before; AMD's
-// (Zen 5) stop at every stretch.
-inline bool stops_at_stretches() {
-#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
-  static const bool amd = __builtin_cpu_is("amd");
-  return amd;
-#else
-  return false;
-#endif
-}
-
 // To memory through the caches, or past them.
 template <bool past, class T, class V>
 inline void put(T* to, V lanes) {
