@@ -35,7 +35,7 @@ class DropoutOrBnSettings(ComparisonSettings):
 
     steps: int = 1_500
     seeds: int = 5
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
+    rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
     search_steps: int = 500
     training_images: int = 5_000
     widths: tuple[int, ...] = (800, 800)
