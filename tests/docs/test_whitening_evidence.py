@@ -1,8 +1,11 @@
 """Every number that the page of the study whitening quotes comes out of the committed records."""
 
 import json
+import math
 import re
 from pathlib import Path
+
+import pytest
 
 from batchlab.lab.report import Table
 from batchlab.lab.studies.arm_results import accuracy_table, steps_table
@@ -33,11 +36,25 @@ def test_the_page_says_what_the_records_say() -> None:
         *rows(steps_table(summary.results, ARMS, "", seconds=True)),
         *rows(accuracy_table(summary.results, ARMS, summary.chosen, "")),
         *rows(verdict_table(summary, "")),
+        *rows(verdict_table(summary, "", seconds=True)),
         *search_rows(finished.settings.rates, finished.scores, finished.chosen, ARMS),
     ]
     assert not [words for words in quoted if words not in text]
     commits = {record.environment["commit"] for record in finished.records.values()}
     assert not any(commit.endswith("+") for commit in commits)
+
+
+def test_seconds_counted_by_hand() -> None:
+    def seconds(arm: str, seed: int) -> float:
+        (folder,) = (FOLDER / "runs" / "final").glob(f"{arm}-rate*-seed{seed}")
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        steps: int = next(line["step"] for line in lines if line["accuracy"] >= 0.97)
+        pace = json.loads((folder / "timing.json").read_text())["processor_seconds"] / 5000
+        return float(steps * pace)
+
+    logs = [math.log(seconds("batch_norm", seed) / seconds("whitening_16", seed)) for seed in range(5)]
+    found = COMPARISON.summarize(read_finished(COMPARISON, FOLDER)).seconds_than_batch_norm["whitening_16"]
+    assert found.mean == pytest.approx(math.exp(sum(logs) / 5), rel=1e-12)
 
 
 def test_the_verdicts_quote_the_numbers() -> None:

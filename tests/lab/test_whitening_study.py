@@ -40,7 +40,8 @@ def summary(**than: Estimate) -> Summary:
     results = {name: result((100, 200), 0.95) for name in ARMS}
     results["none"] = result((200, 400), 0.94, baseline=True)
     results["whitening"] = result((100, None), 0.9)
-    return Summary(dict.fromkeys(ARMS, 0.3), {}, results, 0.9, than)
+    halves = {name: Estimate(r.mean / 2, r.low / 2, r.high / 2, r.n) for name, r in than.items()}
+    return Summary(dict.fromkeys(ARMS, 0.3), {}, results, 0.9, than, halves)
 
 
 def test_the_study_leaves_records_figures_and_a_report(tmp_path: Path) -> None:
@@ -90,6 +91,9 @@ def test_sentences_say_what_the_numbers_say() -> None:
     assert rows["Newton, groups of 64"] == "0.90 (0.70 to 1.10): no clear difference"
     assert rows["none"] == "0.50 (0.40 to 0.60): clearly slower"
     assert rows["whitening, all channels"] == "did not reach it in every run"
+    seconds = dict(verdicts(found, seconds=True))
+    assert seconds["whitening, groups of 16"] == "0.70 (0.60 to 0.80): clearly slower"
+    assert seconds["Newton, groups of 64"] == "0.45 (0.35 to 0.55): clearly slower"
     assert answer(TINY, dataclasses.replace(found, target=None))[0].startswith("Of 15 %, 99 % no accuracy was reached")
     assert "Clearly faster than batch norm: nothing." in answer(TINY, summary(newton_64=unclear))[0]
 

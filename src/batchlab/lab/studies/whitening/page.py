@@ -17,10 +17,11 @@ SOURCES = (
 )
 
 
-def verdict_table(summary: Summary, caption: str) -> Table:
-    """Each part of batch norm, and what goes further, against batch norm."""
+def verdict_table(summary: Summary, caption: str, seconds: bool = False) -> Table:
+    """Each part of batch norm, and what goes further, against batch norm, in steps or seconds."""
     target = "a target" if summary.target is None else f"{100 * summary.target:g} %"
-    return Table(["arm", f"steps of batch norm over its own, to {target}"], verdicts(summary), caption)
+    unit = "seconds" if seconds else "steps"
+    return Table(["arm", f"{unit} of batch norm over its own, to {target}"], verdicts(summary, seconds), caption)
 
 
 def _method(settings: WhiteningSettings) -> str:
@@ -76,7 +77,12 @@ def build_page(finished: Finished, summary: Summary, command: str, drawn: dict[s
                         ARMS,
                         "The same in seconds of one core, training alone. A step of whitening costs more.",
                         seconds=True,
-                    )
+                    ),
+                    *(
+                        [verdict_table(summary, "Above 1: fewer seconds than batch norm; each run's own pace.", True)]
+                        if summary.seconds_than_batch_norm
+                        else []
+                    ),
                 ],
             ),
             Section(

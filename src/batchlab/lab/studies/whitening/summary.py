@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from batchlab.lab.comparison import Estimate, StepsToTarget, paired_ratio
+from batchlab.lab.records import RunRecord
 from batchlab.lab.studies.arm_results import ArmResult, arm_results
 from batchlab.lab.studies.comparison_study import Finished
 from batchlab.lab.studies.search import Scores
@@ -26,6 +28,7 @@ class Summary:
         target: the hardest accuracy that every run of "none" and of batch norm reached; None if there is none.
         than_batch_norm: arm -> steps of batch norm divided by its own, to that target, paired by seed; only arms of
             which every run got there.
+        seconds_than_batch_norm: the same of seconds of one core, each run at its own pace; empty if not recorded.
     """
 
     chosen: dict[str, float]
@@ -33,6 +36,7 @@ class Summary:
     results: dict[str, ArmResult]
     target: float | None
     than_batch_norm: dict[str, Estimate]
+    seconds_than_batch_norm: dict[str, Estimate]
 
 
 def _row(result: ArmResult, target: float) -> StepsToTarget:
@@ -52,7 +56,24 @@ def summarize(finished: Finished) -> Summary:
             own = [n for n in _row(result, target).other if n]
             if name != "batch_norm" and len(own) == len(base):
                 than[name] = paired_ratio(base, own)
-    return Summary(finished.chosen, finished.scores, results, target, than)
+    paces = {name: _paces(finished.runs(name)) for name in results}
+    seconds = {
+        name: paired_ratio(_seconds(results["batch_norm"], paces["batch_norm"], target), mine)
+        for name in than
+        if paces["batch_norm"] and (mine := _seconds(results[name], paces[name], target))
+    }
+    return Summary(finished.chosen, finished.scores, results, target, than, seconds)
+
+
+def _paces(runs: Sequence[RunRecord]) -> list[float]:
+    """Seconds of one core for a step of each run; empty if one has none."""
+    found = [r.timing["processor_seconds"] / r.result["steps"] for r in runs if r.timing and r.result["steps"]]
+    return found if len(found) == len(runs) else []
+
+
+def _seconds(result: ArmResult, paces: Sequence[float], target: float | None) -> list[float]:
+    """Seconds of each run to a target that all of them reached."""
+    return [] if target is None else [n * pace for n, pace in zip(_row(result, target).other, paces, strict=False) if n]
 
 
 def _steps(result: ArmResult, target: float) -> str:
@@ -110,13 +131,14 @@ def answer(settings: WhiteningSettings, summary: Summary) -> list[str]:
     ]
 
 
-def verdicts(summary: Summary) -> list[list[str]]:
-    """Each part against batch norm, in words: rows of a table."""
+def verdicts(summary: Summary, seconds: bool = False) -> list[list[str]]:
+    """Each part against batch norm, in steps or seconds, in words: rows of a table."""
+    ratios = summary.seconds_than_batch_norm if seconds else summary.than_batch_norm
     rows = []
     for name in summary.results:
         if name == "batch_norm":
             continue
-        ratio = summary.than_batch_norm.get(name)
+        ratio = ratios.get(name)
         if ratio is None:
             rows.append([ARMS[name], "did not reach it in every run"])
             continue
