@@ -1,4 +1,4 @@
-"""Every figure on a study's page stands above the caption that the report gives it."""
+"""Every figure on a study's page stands above the caption that the report gives it; links lead somewhere."""
 
 import re
 from collections.abc import Iterator
@@ -42,3 +42,14 @@ def test_every_figure_on_the_page_has_its_caption(study: str) -> None:
     for name in shown:
         more_images = r"(?: !\[[^\]]+\]\([^)]+\))*"  # side by side, under one caption
         assert re.search(rf"\(figures/{name}\.svg\){more_images} \*{re.escape(captions[name])}\*", below), name
+
+
+@pytest.mark.parametrize("study", sorted(path.parent.name for path in EXPERIMENTS.glob("*/README.md")))
+def test_links_within_a_page_lead_somewhere(study: str) -> None:
+    text = (EXPERIMENTS / study / "README.md").read_text()
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    anchors = {re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert not [link for link in links if link.startswith("#") and link[1:] not in anchors]
+    files = [link for link in links if not link.startswith(("#", "http"))]
+    assert not [link for link in files if not (EXPERIMENTS / study / link.partition("#")[0]).exists()]
