@@ -46,9 +46,9 @@ struct Relu {
   }
 };
 
-// The exponential is long: one copy of it for each type of vector.
+// In line, long as it is: then the exponentials of neighbouring vectors are computed side by side.
 template <class V>
-__attribute__((noinline)) V sigmoid(V x) {
+inline V sigmoid(V x) {
   return 1 / (1 + exponential(-x));
 }
 
