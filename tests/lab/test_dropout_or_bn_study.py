@@ -197,7 +197,7 @@ def test_details_tell_what_recalibration_takes_back_and_the_fix() -> None:
     assert "between the layers 0.40 percentage points fewer" in fix
     assert whole.startswith("Batchwise dropout 0.5 alone: 5.21 %")
     rows = dict(verdicts(TINY, summary()))
-    assert rows["dropout in front shifts batch norm's variance (Li et al. 2018)"] == "1.50 times, theory 1.55"
+    assert rows["dropout between the layers shifts batch norm's variance (Li et al. 2018)"] == "1.50 times, theory 1.55"
     assert len(rows) == 6
 
 

@@ -177,7 +177,7 @@ def verdicts(settings: DropoutOrBnSettings, summary: Summary) -> list[list[str]]
             "batch norm makes dropout unnecessary (Ioffe & Szegedy 2015): both against batch norm alone",
             difference(summary.to_batch_norm[hidden]),
         ],
-        ["dropout in front shifts batch norm's variance (Li et al. 2018)", shift],
+        ["dropout between the layers shifts batch norm's variance (Li et al. 2018)", shift],
         ["the shift costs accuracy (Li et al.): recalibrated against running averages", repair],
         [
             "dropout after the last batch norm does not harm (Li et al.): against batch norm alone",
