@@ -266,8 +266,9 @@ def build_page(
     )
     caption = (
         "How well the network reads images it never trained on, over the course of training. One step shows it "
-        f"{settings.batch_size} images. Each arm has its own best learning rate ({rates}). {_seeds(settings)} The scale "
-        "(logit) is stretched towards 100 %: from 90 to 95 % is about as far as from 95 to 97.5 %, for each halves the errors."
+        f"{settings.batch_size} images. Each arm has its own best learning rate ({rates}). {_seeds(settings)} "
+        "The scale (logit) is stretched towards 100 %: from 90 to 95 % is about as far as from 95 to 97.5 %, for each "
+        "halves the errors."
     )
     return Page(
         title="Does batch normalization train faster?",
