@@ -181,7 +181,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor gradient, Tensor x, O
       const auto summed = [&](int64_t from, int64_t to, const double* one, const double* two) {
         problem.prepare(from, to, one, two, of_weight, of_bias);
       };
-      if (!sums) return with_sums<T>(layout, problem, summed, true);
+      if (!sums) {
+        problem.keeps = problem.pays_to_keep(layout);
+        return with_sums<T>(layout, problem, summed, true);
+      }
       const double* all = static_cast<const double*>(sums->const_data_ptr());
       summed(0, channels, all, all + channels);
       without_sums<T>(layout, problem);

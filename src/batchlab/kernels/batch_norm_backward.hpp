@@ -31,6 +31,15 @@ struct Backward {
   ChannelNumbers<A> saved;
   ChannelNumbers<A> factors;  // b and c of InputGradient
   double count;               // of the values that the statistics are of; infinite if these were given
+  bool keeps = false;         // the gradient before the activation, where the input's gradient will be
+
+  // What an exponential is needed for is kept for the second pass, if the input's gradient can hold it without rounding
+  // and goes through the caches. In rows alone: there no vector is read again after it was written.
+  static constexpr bool can_keep = source == Source::input && std::is_same_v<Kind, Chosen> && std::is_same_v<T, A>;
+  bool pays_to_keep(const Layout& layout) const {
+    if constexpr (can_keep) return layout.rows && !beyond_cache<T>(layout) && before.kind.is_long();
+    return false;
+  }
 
   Affine<A> affine(int64_t c) const { return {all(saved[kMean][c]), all(saved[kScale][c]), all(saved[kShift][c])}; }
 
@@ -54,9 +63,17 @@ struct Backward {
     }
   };
 
+  // The gradient before the activation in the second pass.
+  template <class Load>
+  Lanes<A> again(Load&& load, const Affine<A>& a, Lanes<A> value) const {
+    if constexpr (can_keep)
+      if (keeps) return load(input_gradient);
+    return before(load, a, value);
+  }
+
   Both vector(const Affine<A>& a, const InputGradient<A>& change, int64_t offset) const {
     const auto load = [&](const T* of) { return Memory<T>::load(of + offset); };
-    const Lanes<A> value = load(before.x), g = before(load, a, value);
+    const Lanes<A> value = load(before.x), g = again(load, a, value);
     return {change(a, g, value), g};
   }
 
@@ -137,8 +154,10 @@ struct Backward {
         const int64_t offset = at + v * kWidth<A>;
         if (reads_ahead) each_input([&](const T* of) { begin_to_read(of + offset + kAhead<T>); });
         const auto load = [&](const T* of) { return Memory<T>::load(of + offset); };
-        const Lanes<A> value = load(before.x);
-        s[v].products(before(load, a[v], value), value - a[v].mean);
+        const Lanes<A> value = load(before.x), g = before(load, a[v], value);
+        if constexpr (can_keep)
+          if (keeps) Memory<T>::store(input_gradient + offset, g);
+        s[v].products(g, value - a[v].mean);
       }
   }
 
@@ -146,11 +165,12 @@ struct Backward {
                 int64_t count) const {
     const Affine<A> a = columns.affine(q);
     for (; row < last; ++row) {
-      const auto load = [&](const T* of) {
-        return load_some(of + section.origin + row * section.rows.columns + q, count);
-      };
-      const Lanes<A> value = load(before.x);
-      s.products(before(load, a, value), value - a.mean);
+      const int64_t offset = section.origin + row * section.rows.columns + q;
+      const auto load = [&](const T* of) { return load_some(of + offset, count); };
+      const Lanes<A> value = load(before.x), g = before(load, a, value);
+      if constexpr (can_keep)
+        if (keeps) store_some(input_gradient + offset, g, count);
+      s.products(g, value - a.mean);
     }
   }
 
@@ -196,7 +216,7 @@ struct Backward {
           for (; row < last; ++row) {
             const int64_t offset = s.origin + row * width + q;
             const auto load = [&](const T* of) { return load_some(of + offset, count); };
-            const Lanes<A> value = load(before.x), g = before(load, a, value);
+            const Lanes<A> value = load(before.x), g = again(load, a, value);
             store_some(input_gradient + offset, f(a, g, value), count);
             if (residual_gradient) store_some(residual_gradient + offset, g, count);
           }

@@ -54,6 +54,8 @@ inline V sigmoid(V x) {
 
 struct Chosen {
   Activation which;
+  // Whether it takes longer than to read a number.
+  bool is_long() const { return which == Activation::silu || which == Activation::sigmoid; }
   template <class V>
   V value(V x) const {
     const V zero = {};
