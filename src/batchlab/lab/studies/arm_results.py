@@ -22,7 +22,7 @@ from batchlab.lab.studies.comparison_study import Finished
 from batchlab.lab.studies.search import Scores
 from batchlab.lab.studies.sentences import percent, points
 
-__all__ = ["ArmResult", "accuracy_table", "arm_figures", "arm_results", "steps_table"]
+__all__ = ["ArmResult", "accuracy_table", "arm_figures", "arm_results", "seconds_per_step", "steps_table"]
 
 CHANCE = 0.1
 """Accuracy of a network that guesses one of ten classes, which a run that diverged ends with."""
@@ -49,9 +49,10 @@ def _accuracy(record: RunRecord) -> float:
     return CHANCE if record.diverged else final_score(record, 0.1)
 
 
-def _seconds(records: Sequence[RunRecord]) -> float | None:
+def seconds_per_step(records: Sequence[RunRecord]) -> list[float]:
+    """Seconds of one core for a step of each run; empty if one was not recorded."""
     found = [r.timing["processor_seconds"] / r.result["steps"] for r in records if r.timing and r.result["steps"]]
-    return fmean(found) if len(found) == len(records) else None
+    return found if len(found) == len(records) else []
 
 
 def arm_results(finished: Finished, baseline: str, targets: Sequence[float]) -> dict[str, ArmResult]:
@@ -61,11 +62,12 @@ def arm_results(finished: Finished, baseline: str, targets: Sequence[float]) -> 
     for name in finished.chosen:
         runs = finished.runs(name)
         scores = [_accuracy(record) for record in runs]
+        paces = seconds_per_step(runs)
         results[name] = ArmResult(
             accuracy=estimate(scores),
             gain=None if name == baseline else paired_difference([_accuracy(record) for record in first], scores),
             steps=tuple(compare_steps(first, runs, target) for target in targets),
-            seconds_per_step=_seconds(runs),
+            seconds_per_step=fmean(paces) if paces else None,
         )
     return results
 

@@ -15,10 +15,11 @@ __all__ = ["claims"]
 
 def _paces(finished: Finished, arms: Mapping[str, Arm]) -> list[Claim]:
     """Steps of batch norm alone over each arm's own, to the smallest error that is asked for."""
-    base, accuracy = finished.runs("bn"), 1 - min(finished.settings.targets)
+    alone = Arm(True).name
+    base, accuracy = finished.runs(alone), 1 - min(finished.settings.targets)
     found = []
     for name, arm in arms.items():
-        if name == "bn" or arm.convolutional:
+        if name == alone or arm.convolutional:
             continue
         steps = compare_steps(base, finished.runs(name), accuracy)
         ratio = None if None in (*steps.baseline, *steps.other) else steps.ratio

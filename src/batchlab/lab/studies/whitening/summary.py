@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from batchlab.lab.comparison import Estimate, StepsToTarget, paired_ratio
-from batchlab.lab.records import RunRecord
-from batchlab.lab.studies.arm_results import ArmResult, arm_results
+from batchlab.lab.studies.arm_results import ArmResult, arm_results, seconds_per_step
 from batchlab.lab.studies.comparison_study import Finished
 from batchlab.lab.studies.search import Scores
 from batchlab.lab.studies.sentences import percent
@@ -56,19 +55,13 @@ def summarize(finished: Finished) -> Summary:
             own = [n for n in _row(result, target).other if n]
             if name != "batch_norm" and len(own) == len(base):
                 than[name] = paired_ratio(base, own)
-    paces = {name: _paces(finished.runs(name)) for name in results}
+    paces = {name: seconds_per_step(finished.runs(name)) for name in results}
     seconds = {
         name: paired_ratio(_seconds(results["batch_norm"], paces["batch_norm"], target), mine)
         for name in than
         if paces["batch_norm"] and (mine := _seconds(results[name], paces[name], target))
     }
     return Summary(finished.chosen, finished.scores, results, target, than, seconds)
-
-
-def _paces(runs: Sequence[RunRecord]) -> list[float]:
-    """Seconds of one core for a step of each run; empty if one has none."""
-    found = [r.timing["processor_seconds"] / r.result["steps"] for r in runs if r.timing and r.result["steps"]]
-    return found if len(found) == len(runs) else []
 
 
 def _seconds(result: ArmResult, paces: Sequence[float], target: float | None) -> list[float]:
