@@ -69,7 +69,7 @@ class LearningRatesSettings(ComparisonSettings):
     seeds: int = 5
     rates: tuple[float, ...] = (1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
     search_steps: int = 500
-    search_seeds: int = 3
+    search_seeds: int = 5
     batch_size: int = 100
     widths: tuple[int, ...] = (128, 128, 128)
     weight_std: float = 0.1
