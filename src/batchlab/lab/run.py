@@ -66,13 +66,21 @@ def load_inputs(settings: RunSettings, dataset: Dataset) -> RunInput:
     The split is the same for every run (seed 0), so that arms and rates are compared on the same images. With
     `training_images` arms of the same seed train on the same choice, and intervals over seeds cover the choice.
     """
+    data = settings.data
+    some = 0 < data.training_images < len(dataset.train_labels) - data.validation
+    # Which images are chosen depends on the seed only where not all are.
+    choice = (data.training_images, settings.seed) if some else None
+    return _prepare_once(dataset, data.validation, choice, data.binarize)
+
+
+@lru_cache(maxsize=1)
+def _prepare_once(dataset: Dataset, validation: int, choice: tuple[int, int] | None, binarize: bool) -> RunInput:
+    """A worker's runs mostly have the same images: it makes them ready once. They are only read."""
     parts = (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels)
-    if settings.data.validation:
-        parts = hold_out(dataset.train_images, dataset.train_labels, settings.data.validation, seed=0)
-    count = settings.data.training_images
-    if 0 < count < len(parts[1]):
-        parts = (*hold_out(parts[0], parts[1], count, settings.seed)[2:], *parts[2:])
-    binarize = settings.data.binarize
+    if validation:
+        parts = hold_out(dataset.train_images, dataset.train_labels, validation, seed=0)
+    if choice:
+        parts = (*hold_out(parts[0], parts[1], *choice)[2:], *parts[2:])
     return RunInput(prepare_images(parts[0], binarize), parts[1], prepare_images(parts[2], binarize), parts[3])
 
 

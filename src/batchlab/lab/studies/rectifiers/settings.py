@@ -68,7 +68,7 @@ class RectifiersSettings(ComparisonSettings):
     seeds: int = 5
     rates: tuple[float, ...] = (0.002, 0.008, 0.03, 0.12, 0.5, 2.0, 8.0)
     search_steps: int = 400
-    search_seeds: int = 5
+    search_seeds: int = 3
     depths: tuple[int, ...] = (3, 10, 22, 30)
     width: int = 64
     trains_from: float = 0.5
