@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-__all__ = ["Count", "File", "Folder", "Seed", "unhinted"]
+__all__ = ["Count", "File", "Folder", "Seed", "choice", "unhinted"]
 
 
 def _word(metavar: str, read: Callable[[str], Any]) -> Any:
@@ -18,7 +18,7 @@ def _word(metavar: str, read: Callable[[str], Any]) -> Any:
         nargs=1,
         metavar=metavar,
         instance_from_str=lambda words: read(words[0]),
-        is_instance=lambda value: value is None or isinstance(value, (int, Path)),
+        is_instance=lambda value: value is None or isinstance(value, (int, str, Path)),
         str_from_instance=lambda value: [str(value)],
     )
 
@@ -37,6 +37,19 @@ def _seed(text: str) -> int:
 
 # The texts say what an option left out means; "(default: None)" would say less.
 unhinted = tyro.conf.arg(help_behavior_hint="")
+
+
+def choice(*words: str) -> Any:
+    """One of some words. tyro's own choices would name None among them."""
+
+    def read(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"{text!r} is none of them; allowed: {', '.join(words)}")
+        return text
+
+    return _word("{" + ",".join(words) + "}", read)
+
+
 Count = Annotated[int | None, _word("N", _count), unhinted]
 Seed = Annotated[int | None, _word("N", _seed), unhinted]
 Folder = Annotated[Path | None, _word("DIR", Path), unhinted]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 import tyro
 from rich.console import Console
 
-from batchlab.cli.options import Count, File, Folder, Seed, unhinted
+from batchlab.cli.options import Count, File, Folder, Seed, choice, unhinted
 from batchlab.lab.data import Dataset, load_dataset
 from batchlab.lab.settings import SettingsError, read_settings
 from batchlab.lab.studies import STUDIES
@@ -29,13 +29,13 @@ class StudyCommand:
     """Which one; `batchlab studies` lists them. all: every one, and one report of them."""
     quick: Annotated[bool, unhinted] = False
     """The smallest size, within a minute; the same as --size quick."""
-    size: Annotated[Literal["full", "demo", "quick"] | None, unhinted] = None
+    size: Annotated[Literal["full", "demo", "quick"] | None, choice("full", "demo", "quick"), unhinted] = None
     """full: as published; demo: about five minutes; quick: within one. Without it: full."""
     seeds: Count = None
     """Runs of each arm, with different random starts."""
     first_seed: Seed = None
     """The first of these starts, a whole number; without it 0. Another one repeats the study with other randomness."""
-    dataset: Annotated[Literal["mnist", "fashion"] | None, unhinted] = None
+    dataset: Annotated[Literal["mnist", "fashion"] | None, choice("mnist", "fashion"), unhinted] = None
     """mnist: handwritten digits (the default); fashion: Fashion-MNIST, pieces of clothing."""
     data: Folder = None
     """Folder with the IDX files. Without it: $BATCHLAB_DATA, the cache, the system's data sets, download, and at last \

@@ -169,12 +169,16 @@ def normalize(
 def average(running: Tensor, new: Tensor, momentum: float | Tensor) -> Tensor:
     """Return the moving average after one more value: (1 - momentum) · running + momentum · new.
 
-    `momentum` is the weight of the new value, as in torch; 1/k at the k-th value gives the plain average.
+    `momentum` is the weight of the new value, as in torch; 1/k at the k-th value gives the plain average. Counted from
+    the nearer end, as torch.lerp does: with momentum 1 it is the new value, however large the old one.
 
     >>> average(torch.tensor(0.0), torch.tensor(10.0), 0.1).item()
     1.0
+    >>> average(torch.tensor(1e30), torch.tensor(10.0), 1.0).item()
+    10.0
     """
-    return running + (new.to(running.dtype) - running) * momentum
+    weight = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
+    return torch.lerp(running, new.to(running.dtype), weight)
 
 
 def backward(
