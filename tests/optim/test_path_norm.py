@@ -302,7 +302,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("gelu", nn.GELU(), "uses gelu"),
     ("softmax", nn.Softmax(1), "leave it to the loss"),
     ("prelu", nn.PReLU(), "use LeakyReLU"),
-    ("factored", FactoredLinear(3, 3), r"1 \(FactoredLinear\)"),
+    ("factored", FactoredLinear(3, 3), r"1 \(FactoredLinear\) computes a weight by"),
     ("weight-norm", nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "computes a weight by|uses _?weight_norm"),
     ("pool-indices", nn.Sequential(nn.Unflatten(1, (1, 3)), nn.MaxPool1d(2, dilation=2)), r"1\.1 \(MaxPool1d\)"),
     ("unknown", Function(lambda m, x: torch.special.erf(x)), "uses special_erf|uses erf"),

@@ -124,6 +124,13 @@ def test_slopes_in_front_and_behind() -> None:
     assert entries(nn.Linear(2, 2))[""].reason == "the model's only layer"
 
 
+@pytest.mark.parametrize("kind", ["BatchNorm1d", "MeanOnlyBatchNorm1d", "VarianceOnlyBatchNorm1d", "Whitening1d"])
+def test_gradients_go_through_a_normalization_to_the_rectifier_behind_it(kind: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), getattr(ours, kind)(4), nn.ReLU(), nn.Linear(4, 4))
+    assert found(model, mode="backward") == {"0": (0, 1), "3": (1, 1)}
+    assert found(model) == {"0": (1, 1), "3": (0, 1)}
+
+
 BETWEEN: list[tuple[Callable[[], list[nn.Module]], float, float]] = [
     (lambda: [nn.ReLU6()], 0, 1),
     (lambda: [nn.GELU()], 0, 1),

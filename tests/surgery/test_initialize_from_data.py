@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import batchlab.nn
 from batchlab.nn import FactoredConv2d, FactoredLinear
 from batchlab.surgery import initialize_from_data, to_factored
 
@@ -140,3 +141,16 @@ def test_a_converted_model_trains_from_there() -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("kind", ["BatchNorm1d", "MeanOnlyBatchNorm1d", "VarianceOnlyBatchNorm1d", "Whitening1d"])
+def test_a_normalization_behind_a_layer_takes_the_statistics_of_this_batch(kind: str) -> None:
+    normalization = getattr(batchlab.nn, kind)(16)
+    model = nn.Sequential(FactoredLinear(12, 16, bias=False), normalization, nn.ReLU(), FactoredLinear(16, 5))
+    before = copy.deepcopy(normalization.state_dict())
+    x = torch.randn(300, 12, generator=torch.Generator().manual_seed(1)) * 3 + 5
+    initialize_from_data(model, x)
+    assert all(torch.equal(before[key], value) for key, value in normalization.state_dict().items())
+    y = model.train()(x)
+    torch.testing.assert_close(y.mean(0), torch.zeros(5), rtol=0, atol=1e-4)
+    torch.testing.assert_close(y.std(0, correction=0), torch.ones(5), rtol=1e-4, atol=0)

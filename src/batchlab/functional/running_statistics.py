@@ -64,9 +64,10 @@ def move_in_place(
 
     Expects detached tensors: a `no_grad` of its own would cost 5 µs a call.
     """
-    if isinstance(count, int) and count < 2:
+    # A tensor where the count is known on the device only; else a number, symbolic in a compiled layer.
+    if not isinstance(count, Tensor) and count < 2:
         return
-    usable = count > 1  # a bool, or a tensor where the count is known on the device only
+    usable = count > 1 if isinstance(count, Tensor) else True
     accepted: Tensor | bool = usable
     if nonfinite != "propagate":
         finite = reduce(torch.logical_and, [new.isfinite() for _, new in statistics])

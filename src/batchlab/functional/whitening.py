@@ -79,7 +79,7 @@ def whitening_matrix(covariance: Tensor, eps: float = 1e-5, *, method: str = "zc
     cholesky:  W = L⁻¹ with L Lᵀ = Σ + eps I, lower triangular
     newton:    W ≈ (Σ + eps I)^(-1/2) by `iterations` steps of Newton's iteration
 
-    Gradients are right at any order, for equal eigenvalues too. A covariance with inf or NaN gives NaN.
+    Gradients (reverse mode) are right at any order, for equal eigenvalues too. A covariance with inf or NaN gives NaN.
 
     Shapes:
         covariance: (groups, size, size), symmetric. Returns the same shape, in float64.
@@ -132,7 +132,8 @@ def whiten(
     not training:  the same with the running statistics, which stay as they are; W is computed from them at each call
 
     `whitening_matrix` says what W is. Statistics of the samples are float32 or wider, covariances and W float64.
-    Gradients flow through μ, Σ and W, are finite for any batch, and are right at any order.
+    Gradients flow through μ, Σ and W, are finite for any batch, and are right at any order, by reverse mode alone:
+    forward-mode derivatives (`torch.func.jvp`, `hessian`) are not there; `jacrev(jacrev(...))` is.
 
     Directions in which the batch does not vary (fewer samples than channels, constant or repeated channels) come out
     as 0, up to rounding, with gradients of order 1/√eps at most. Rounding of a float32 input is of size 6e-8 √(λ/λ'),

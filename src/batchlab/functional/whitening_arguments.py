@@ -21,7 +21,7 @@ __all__ = [
 
 def check_whitening(eps: float, method: str, iterations: int) -> None:
     """Raise ValueError unless these settings make a whitening."""
-    if not (math.isfinite(eps) and eps > 0):
+    if not 0 < eps < math.inf:  # NaN is not either
         raise ValueError(
             f"eps is {eps}; it must be above 0, because a batch with fewer samples than channels, or with a constant "
             "or repeated channel, has a singular covariance"
@@ -66,7 +66,7 @@ def check_tensors(x: Tensor, group_size: int | None, tensors: dict[str, Tensor |
     allowed: dict[str, list[tuple[int, ...]]] = {"running_covariance": [matrices], "weight": [(channels,), matrices]}
     for name, value in tensors.items():
         shapes = allowed.get(name, [(channels,)])
-        if value is not None and tuple(value.shape) not in shapes:
+        if value is not None and all(value.shape != shape for shape in shapes):
             raise ValueError(
                 f"{name} has shape {shape_of(value)}; for x of shape {shape_of(x)} in groups of {size} channels it "
                 f"must be {' or '.join(map(str, shapes))}"

@@ -84,6 +84,8 @@ class _Squared(TorchFunctionMode):
         self, name: str, func: Any, operands: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         rule = RULES.get(name)
+        if rule is None and operands and all(id(tensor) in self._coefficients for tensor in operands):
+            raise Unknown(f"computes a weight by {name}: paths are told by the weight itself; merge the weight first")
         if rule is None:
             reason = REASONS.get(name, "it is not known to be a sum over paths")
             raise Unknown(f"uses {name}: {reason}")

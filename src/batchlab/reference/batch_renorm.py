@@ -26,10 +26,10 @@ def correction(
     >>> correction(4 * one, 6 * one, 2 * one, 2 * one, r_max=4.0, d_max=0.5)
     (tensor([3.]), tensor([0.5000]))
     """
-    ratio = (std / running_std).detach()
-    shift = ((mean - running_mean) / running_std).detach()
+    ratio, shift = std / running_std, (mean - running_mean) / running_std
     most, furthest = (torch.as_tensor(limit, dtype=ratio.dtype, device=ratio.device) for limit in (r_max, d_max))
-    return ratio.clamp(1 / most, most), shift.clamp(-furthest, furthest)
+    # Made constants at the end: a compiled backward pass would compute them again from limits that have moved.
+    return ratio.clamp(1 / most, most).detach(), shift.clamp(-furthest, furthest).detach()
 
 
 def limits(

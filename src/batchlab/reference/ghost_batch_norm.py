@@ -16,7 +16,7 @@ def group_sizes(samples: int, group_size: int, values_per_sample: int = 1) -> li
     >>> group_sizes(10, 4), group_sizes(9, 4), group_sizes(9, 4, values_per_sample=49), group_sizes(3, 4)
     ([4, 4, 2], [4, 5], [4, 4, 1], [3])
     """
-    full, rest = divmod(samples, group_size)
+    full, rest = samples // group_size, samples % group_size  # divmod is not for compiled batch sizes
     if full == 0 or rest == 0:
         return [group_size] * full or [rest]
     if rest * values_per_sample == 1:

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
+from batchlab.nn.running_statistics import RunningStatistics
 from batchlab.reference import initialization as reference
 from batchlab.surgery.dataflow import is_leaf, trace
 from batchlab.surgery.initialization_report import InitializationEntry
@@ -18,7 +19,10 @@ from batchlab.surgery.rectifiers import Neighbour, behind, in_front
 
 __all__ = ["Plan", "plan_initialization"]
 
-NO_WEIGHTS: Final[tuple[type[nn.Module], ...]] = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
+NO_WEIGHTS: Final[tuple[type[nn.Module], ...]] = (
+    *(_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU),
+    RunningStatistics,
+)
 
 
 class Plan(NamedTuple):

@@ -14,7 +14,7 @@ from batchlab.nn.factored_layer import FactoredLayer
 from batchlab.surgery.example import split_example
 from batchlab.surgery.factored_plan import owners
 from batchlab.surgery.gathering import eager, left_as_it_was
-from batchlab.surgery.layers import Norm
+from batchlab.surgery.layers import Normalization
 from batchlab.surgery.wrappers import check_model
 
 __all__ = ["initialize_from_data"]
@@ -97,7 +97,7 @@ def initialize_from_data(model: nn.Module, inputs: Tensor | tuple[Any, ...] | di
         handles = []
         try:
             for module in model.modules():
-                module.training = isinstance(module, Norm)
+                module.training = isinstance(module, Normalization)
             for name, layer in layers.items():
                 handles.append(_initialize_when_called(name, layer, reached))
             model(*args, **kwargs)

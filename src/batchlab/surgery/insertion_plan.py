@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from batchlab.surgery.dataflow import Dataflow, describe, input_of
 from batchlab.surgery.example import Run
-from batchlab.surgery.layers import Norm, kind_of
+from batchlab.surgery.layers import Normalization, kind_of
 from batchlab.surgery.nonlinearities import NONLINEAR_FUNCTIONS, NONLINEAR_METHODS, NONLINEAR_MODULES
 
 __all__ = ["Insertion", "Plan", "plan_insertions"]
@@ -100,11 +100,11 @@ def plan_insertions(model: nn.Module, flow: Dataflow, run: Run | None) -> Plan:
     normalized = 0
     for node in flow.graph.nodes:
         module = _module(node, model)
-        if isinstance(module, Norm) and getattr(module, "activation", None) is not None:
+        if isinstance(module, Normalization) and getattr(module, "activation", None) is not None:
             normalized += 1
         if not is_nonlinearity(node, model):
             continue
-        if isinstance(_module(_before(node, model, (nn.Identity, nn.Dropout)), model), Norm):
+        if isinstance(_module(_before(node, model, (nn.Identity, nn.Dropout)), model), Normalization):
             normalized += 1
             continue
         source = _before(node, model, (nn.Identity,))

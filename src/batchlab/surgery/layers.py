@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from batchlab import nn as layers
 from batchlab.nn.partial_batch_norm import PartialBatchNorm
+from batchlab.nn.running_statistics import RunningStatistics
 
 __all__ = [
     "LAYERS",
@@ -18,6 +19,7 @@ __all__ = [
     "ChannelNorm",
     "LayerKind",
     "Norm",
+    "Normalization",
     "exact_kind",
     "has_statistics",
     "is_linear_or_conv",
@@ -31,6 +33,9 @@ Norm = _BatchNorm  # what torch's, SyncBatchNorm's and batchlab's layers have in
 
 ChannelNorm = _BatchNorm | PartialBatchNorm
 """Every layer that in evaluation is s·x + t per channel, by running statistics: those, and mean or variance alone."""
+
+Normalization = _BatchNorm | RunningStatistics
+"""Every layer that in training normalizes by the batch's statistics: those, and whitening."""
 
 
 class LayerKind(NamedTuple):

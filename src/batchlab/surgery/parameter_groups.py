@@ -12,9 +12,14 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, parametrize
 
+from batchlab.nn.running_statistics import RunningStatistics
+
 __all__ = ["parameter_groups"]
 
-NEVER: Final[tuple[type[nn.Module], ...]] = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
+NEVER: Final[tuple[type[nn.Module], ...]] = (
+    *(_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU),
+    RunningStatistics,  # batchlab's normalizations: a learned coloring is a matrix for each group of channels
+)
 """Layers whose own parameters are scales, shifts or slopes, of any number of dimensions."""
 
 GAINS: Final = frozenset(["g", "weight_g"])
@@ -87,9 +92,9 @@ def parameter_groups(
     "no_decay":   biases; scales and shifts of normalizations; slopes of PReLU, which decay would push towards ReLU;
                   gains of factored weights; anything else with fewer than two dimensions
 
-    Normalizations are BatchNorm, LayerNorm, GroupNorm, InstanceNorm, RMSNorm and what extends them, whatever the shape
-    of their parameters. A bias has "bias" as a word of its name (`bias`, `in_proj_bias`, `bias_hh_l0`). Parametrized
-    tensors count as what they stand for.
+    Normalizations are BatchNorm, LayerNorm, GroupNorm, InstanceNorm, RMSNorm, what extends them, and batchlab's, with
+    parameters of any shape: a whitening's learned coloring is its scale. A bias has "bias" as a word of its name
+    (`bias`, `in_proj_bias`, `bias_hh_l0`). Parametrized tensors count as what they stand for.
 
     Each parameter of `model.parameters()` is in exactly one group, in that order; those that need no gradient too, as
     torch's optimizers pass over them until they do. A parameter that is registered in several places decays if one of

@@ -16,7 +16,7 @@ from batchlab.nn import BatchwiseDropout, UniformDropout
 from batchlab.reference.variance_shift import uniform_second_moment
 from batchlab.surgery.dataflow import describe, input_of
 from batchlab.surgery.dropout_dims import POOLINGS
-from batchlab.surgery.layers import Norm
+from batchlab.surgery.layers import Normalization
 from batchlab.surgery.nonlinearities import NONLINEAR_FUNCTIONS, NONLINEAR_METHODS, NONLINEAR_MODULES
 
 __all__ = ["Neighbour", "behind", "in_front"]
@@ -88,7 +88,7 @@ def _of_a_range(lower: float, upper: float) -> float:
 
 
 def _module_slope(module: nn.Module) -> float | None:
-    if isinstance(module, Norm):
+    if isinstance(module, Normalization):
         return ACTIVATION_SLOPES.get(str(getattr(module, "activation", None)))
     if isinstance(module, nn.LeakyReLU):
         return float(module.negative_slope)
@@ -167,7 +167,7 @@ def in_front(layer: fx.Node, root: nn.Module, path: str) -> Neighbour:
             keep *= kept
         elif slope is None and _slope(node, root) is not None:
             slope, words = _slope(node, root), f"behind {describe(node, root)}"
-            if slope == 1 or isinstance(_module(node, root), Norm):
+            if slope == 1 or isinstance(_module(node, root), Normalization):
                 break  # a dropout in front of what is no rectifier is not a factor behind it
         elif not _passes(node, root):
             break
@@ -184,7 +184,9 @@ def in_front(layer: fx.Node, root: nn.Module, path: str) -> Neighbour:
 def _passes_gradients(node: fx.Node, root: nn.Module) -> bool:
     """Whether a gradient goes through a node as it is, apart from a normalization's scale."""
     added = node.target in (ADDITION_METHODS if node.op == "call_method" else ADDITIONS)
-    return added or isinstance(_module(node, root), Norm) or _passes(node, root) or _keep(node, root) is not None
+    return (
+        added or isinstance(_module(node, root), Normalization) or _passes(node, root) or _keep(node, root) is not None
+    )
 
 
 def _beyond(layer: fx.Node, root: nn.Module) -> Iterator[tuple[float, str]]:
