@@ -2,15 +2,18 @@
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from batchlab import kernels
-from batchlab.kernels.build import BuildError, build, cache_folder, compiled, writable
+from batchlab.kernels import batch_norm
+from batchlab.kernels.build import BuildError, _alone, build, cache_folder, compiled, writable
 from batchlab.kernels.source import Source
 
 pytestmark = pytest.mark.skipif(not kernels.submatrix.available(), reason="no C++ compiler")
@@ -264,3 +267,36 @@ def test_a_damaged_library_and_no_compiler(cache: Path, monkeypatch: pytest.Monk
     done = python(STEP, CXX="/nonexistent", BATCHLAB_KERNELS=str(cache))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("False")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_process_forked_during_a_build_keeps_nobody_waiting(cache: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    cache.mkdir()
+    with _alone(cache, "key"), batch_norm._LOADING:
+        waiting = (cache / "key.lock").open("w")
+        child = os.fork()
+        if child == 0:
+            opened = batch_norm._LOADING.acquire(timeout=10)
+            time.sleep(30 if opened else 0)  # with the files of its parent open
+            os._exit(1)
+    try:
+        with waiting:
+            fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.2)
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)  # it has the lock, and sleeps
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_cache_that_cannot_be_written_to_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("no folder")
+    (tmp_path / "temporary").mkdir()
+    code = (
+        "from batchlab.kernels import build; a, b = build._folder(True), build._folder(True); print(a == b, a.is_dir())"
+    )
+    done = python(code, BATCHLAB_KERNELS=str(tmp_path / "cache"), TMPDIR=str(tmp_path / "temporary"))
+    assert done.stdout.split() == ["True", "True"], done.stderr
+    assert list((tmp_path / "temporary").iterdir()) == []

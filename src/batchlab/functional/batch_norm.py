@@ -143,6 +143,13 @@ def batch_norm(
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}; allowed are {', '.join(map(repr, BACKENDS))}")
         constants = is_plain(running_mean, x) and is_plain(running_var, x)
+        if backend == "fused":  # or says why not
+            choose_backend(backend, x, valid, None, residual)
+            if not constants:
+                raise ValueError(
+                    "backend='fused' in evaluation needs contiguous running statistics in float32 or float64 on x's "
+                    "device, without a gradient; use backend='auto'"
+                )
         if asks_for_kernel(backend, x) and valid is None and constants and serves(x, residual):
             return evaluate_fused(x, running_mean, running_var, weight, bias, eps, activation, residual)
         y = normalize_running(x, running_mean, running_var, weight, bias, eps, backend)

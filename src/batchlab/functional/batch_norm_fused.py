@@ -72,8 +72,10 @@ def _differentiable_backward(
     activation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and residual by plain operations on all they depend on: right at any order."""
-    wide, name = gradient.to(reference.statistics_dtype(x.dtype)), ACTIVATIONS[activation]
+    dtype = x.dtype
+    wide, name = gradient.to(reference.statistics_dtype(dtype)), ACTIVATIONS[activation]
     if statistics is None:
+        x = reference.center(x)[0]  # a constant shift changes nothing but digits
         group = reference.moments(x)
         mean, var = group.mean, reference.variance(group)
     else:
@@ -88,7 +90,7 @@ def _differentiable_backward(
         grads = reference.backward(wide, x, weight, eps)
     else:
         grads = reference.backward_given(wide, x, mean, var, weight, eps)
-    return (*grads, wide.to(x.dtype))
+    return (grads[0].to(dtype), *grads[1:], wide.to(dtype))
 
 
 def of_channels(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:

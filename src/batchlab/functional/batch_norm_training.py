@@ -172,7 +172,7 @@ def normalize_batch(
     backend: str,
 ) -> Normalized:
     """Normalize with the batch's statistics, add the residual, activate; a fused kernel takes over this whole call."""
-    chosen = choose_backend(backend, x, mask, None)
+    chosen = choose_backend(backend, x, mask, None, residual)
     if chosen == "reference":
         result = _reference(x, weight, bias, eps, mask)
     else:

@@ -19,6 +19,13 @@ namespace {
 using namespace batchlab;
 using Optional = std::optional<Tensor>;
 
+// Before anything is made for a call: results have the input's strides.
+void check_layout(const Tensor& x) {
+  check_input(x);
+  STD_TORCH_CHECK(x.numel() == 0 || is_contiguous(x) || is_channels_last(x),
+                  "batch_norm: the input is neither contiguous nor channels-last");
+}
+
 bool is_wide(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
 
 template <class A>
@@ -27,7 +34,7 @@ ChannelNumbers<A> numbers_in(Tensor& saved, int64_t channels) {
 }
 
 void check_parameters(const Tensor& x, const Optional& weight, const Optional& bias) {
-  check_input(x);
+  check_layout(x);
   check_channels(x, weight, "weight", is_wide(x));
   check_channels(x, bias, "bias", is_wide(x));
 }
@@ -89,7 +96,7 @@ std::tuple<Tensor, Tensor> evaluate(Tensor x, Tensor mean, Tensor variance, Opti
 
 // Mean and biased variance of each channel, (2, channels) in float64.
 Tensor moments(Tensor x) {
-  check_input(x);
+  check_layout(x);
   const int64_t channels = x.size(1);
   Tensor result = vectors(2, channels, true);
   double* found = static_cast<double*>(result.mutable_data_ptr());
@@ -126,7 +133,7 @@ struct Given {
 
 // Σ g and Σ g (x - mean) of each channel, (2, channels) in float64; g: the gradient in front of the activation.
 Tensor gradient_sums(Tensor gradient, Tensor x, Optional output, Optional residual, Tensor saved, int64_t activation) {
-  check_input(x);
+  check_layout(x);
   const Given given(x, gradient, output, residual, saved);
   const int64_t channels = x.size(1);
   Tensor result = vectors(2, channels, true);
@@ -153,7 +160,7 @@ Tensor gradient_sums(Tensor gradient, Tensor x, Optional output, Optional residu
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor gradient, Tensor x, Optional output, Optional residual,
                                                     Tensor saved, Optional sums, double count, int64_t activation,
                                                     bool residual_needed) {
-  check_input(x);
+  check_layout(x);
   const Given given(x, gradient, output, residual, saved);
   const int64_t channels = x.size(1);
   if (sums) check_numbers(*sums, 2, channels, true, "sums");

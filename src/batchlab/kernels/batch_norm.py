@@ -10,6 +10,7 @@ activation) and six numbers a channel.
 
 from __future__ import annotations
 
+import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -44,9 +45,19 @@ ACTIVATIONS: Final[dict[str | None, int]] = {None: 0, "relu": 1, "leaky_relu": 2
 SOURCE: Final = Source(Path(__file__).with_name("batch_norm.cpp"))
 AUTOGRAD: Final = Source(Path(__file__).with_name("batch_norm_autograd.cpp"), flags=("-O2",))
 
-_REGISTERING: Final = Lock()
-_LOADING: Final = Lock()
+_REGISTERING = Lock()
+_LOADING = Lock()
 """Threads, one for each GPU, may come here first together, and an operation is registered once."""
+
+
+def _open_locks() -> None:
+    """A process that forks while another of its threads compiles would leave the child a lock that never opens."""
+    global _REGISTERING, _LOADING
+    _REGISTERING, _LOADING = Lock(), Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_open_locks)
 
 LIBRARY: Final = torch.library.Library("batchlab_batch_norm", "FRAGMENT")
 LIBRARY.define(

@@ -19,10 +19,18 @@ using torch::stable::Tensor;
 
 constexpr int64_t kWorthWaiting = 1 << 17;  // bytes; smaller memory comes quickly from the allocator
 
+// Bytes from a tensor's first number to behind its last: more than its numbers where it has gaps.
+inline int64_t extent(const Tensor& x) {
+  if (x.numel() == 0) return 0;
+  int64_t last = 0;
+  for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
+  return (last + 1) * x.element_size();
+}
+
 inline Tensor empty_as(const Tensor& x) {
   const auto sizes = x.sizes();
   const auto strides = x.strides();
-  const int64_t bytes = x.numel() * x.element_size();
+  const int64_t bytes = extent(x);
   if (bytes >= kWorthWaiting) return WaitingMemory::instance().empty(sizes, strides, bytes, x.scalar_type());
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), sizes.data(), strides.data(),

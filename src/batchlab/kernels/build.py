@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import platform
@@ -100,6 +101,14 @@ def writable(folder: Path) -> bool:
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
+@cache
+def _private_folder() -> Path:
+    """One for this process, removed at its end."""
+    folder, owner = Path(tempfile.mkdtemp(prefix="batchlab-")), os.getpid()
+    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+    return folder
+
+
 def _folder(fall_back: bool) -> Path:
     """The cache, or a private folder for this process where it cannot be written to."""
     folder = cache_folder()
@@ -109,7 +118,9 @@ def _folder(fall_back: bool) -> Path:
             return folder
     if not fall_back:
         raise BuildError(f"{folder} cannot be written to: set BATCHLAB_KERNELS to a folder that can")
-    return Path(tempfile.mkdtemp(prefix="batchlab-"))
+    if not _private_folder().is_dir():  # somebody has tidied up
+        _private_folder.cache_clear()
+    return _private_folder()
 
 
 def _key(source: Source) -> str:
@@ -188,6 +199,8 @@ def _alone(folder: Path, key: str) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)  # who waits has it open; who comes later finds the library
+            with suppress(OSError):  # not left to closing: a process forked meanwhile has the file open, too
+                fcntl.flock(stream, fcntl.LOCK_UN)
 
 
 def _compile(source: Source, compiler: list[str], folder: Path, key: str, announce: Callable[[str], None]) -> Path:
