@@ -89,7 +89,7 @@ def test_what_the_page_says_of_weights_and_losses_is_recorded(finished: Finished
     assert len(free) == 6
     assert {rate for rate, _ in free.values()} <= {0.2, 0.5, 1.0, 2.0}
     assert f"largest rates of 0.2 to 2 with {min(left):.2g} to {max(left):.2g} left of it" in page
-    names = [run_name("search", "relu_batch_norm", 2.0, seed) for seed in (1000, 1001, 1002)]
+    names = [run_name("search", "relu_batch_norm", 2.0, seed) for seed in finished.settings.seeds_of_search]
     last = [finished.records[name].metrics[-1] for name in names]
     spans = [sorted(f"{line[key]:.2f}" for line in last) for key in ("train_loss", "loss")]
     assert (
@@ -102,16 +102,21 @@ def test_the_verdicts_hold(summary: Summary) -> None:
     relu, sigmoid = summary.conditions["relu"], summary.conditions["sigmoid"]
     assert relu.chosen["relu_none"] == relu.chosen["relu_batch_norm"]
     assert relu.at_baseline["relu_batch_norm"].low > 0
-    assert relu.largest["relu_weight_norm"].larger
+    for found in (relu.largest["relu_weight_norm"], sigmoid.largest["sigmoid_weight_norm"]):
+        assert not found.larger
+        assert not found.smaller
+    assert sum(score >= 0.9 for score in relu.scores["relu_weight_norm"][0.5]) == 4
+    assert min(relu.scores["relu_weight_norm"][0.5]) < 0.2
+    assert sum(score < 0.9 for score in sigmoid.scores["sigmoid_none"][0.5]) == 2
+    assert sum(score < 0.9 for score in sigmoid.scores["sigmoid_batch_norm"][2.0]) == 1
     assert relu.than_batch_norm["relu_centered"].larger
     assert relu.than_batch_norm["relu_weight_norm"].smaller
-    assert sigmoid.than_batch_norm["sigmoid_weight_norm"].smaller
-    assert max(sigmoid.scores["sigmoid_none"][1.0]) < 0.2
+    assert max(sigmoid.scores["sigmoid_none"][1.0]) < 0.4
     assert sigmoid.than_batch_norm["sigmoid_centered"].low < 1 < (sigmoid.than_batch_norm["sigmoid_centered"].high or 9)
     assert sigmoid.chosen["sigmoid_none"] < sigmoid.chosen["sigmoid_batch_norm"]
     assert sigmoid.at_baseline["sigmoid_batch_norm"].low < 0 < sigmoid.at_baseline["sigmoid_batch_norm"].high
     assert [round(relu.largest["relu_batch_norm"].factor), round(sigmoid.at_goals[0.8].factor)] == [5, 4]
-    assert round(sigmoid.largest["sigmoid_batch_norm"].factor) == 10
+    assert round(sigmoid.largest["sigmoid_batch_norm"].factor) == 5
     assert relu.largest["relu_mean_only"].smaller
     assert sigmoid.largest["sigmoid_mean_only"].larger
     assert not relu.largest["relu_variance_only"].larger
@@ -121,11 +126,11 @@ def test_the_verdicts_hold(summary: Summary) -> None:
     # Nearly two powers of ten within about a point of the best: 0.01 to 0.5.
     means = {rate: sum(scores) / len(scores) for rate, scores in relu.scores["relu_batch_norm"].items()}
     assert all(max(means.values()) - means[rate] < 0.01 for rate in means if 0.01 <= rate <= 0.5)
-    assert sorted(relu.chosen.values())[-2:] == [0.1, 0.1]
-    assert sorted(relu.chosen.values())[-3] == 0.03
-    # Thirty times the baseline's best rate is between two rates tried: 33 times trains; 10 times does, 25 not.
+    larger = {name: rate for name, rate in relu.chosen.items() if rate > relu.chosen["relu_none"]}
+    assert larger == {"relu_weight_norm": 0.1, "relu_centered": 0.1, "relu_whitening": 0.2}
+    # Thirty times the baseline's best rate is between two rates tried: 33 times trains; with sigmoid units 5 times does, 25 not.
     assert relu.limits["relu_batch_norm"].highest == 1.0
     assert relu.chosen["relu_none"] == 0.03
-    assert sigmoid.limits["sigmoid_batch_norm"].highest == 2.0
+    assert sigmoid.limits["sigmoid_batch_norm"].highest == 1.0
     assert sigmoid.chosen["sigmoid_none"] == 0.2
     assert all(max(relu.scores["relu_none"][rate]) < 0.2 for rate in (0.5, 1.0))
