@@ -128,7 +128,7 @@ def test_the_verdicts_hold(summary: Summary) -> None:
     assert all(max(means.values()) - means[rate] < 0.01 for rate in means if 0.01 <= rate <= 0.5)
     larger = {name: rate for name, rate in relu.chosen.items() if rate > relu.chosen["relu_none"]}
     assert larger == {"relu_weight_norm": 0.1, "relu_centered": 0.1, "relu_whitening": 0.2}
-    # Thirty times the baseline's best rate is between two rates tried: 33 times trains; with sigmoid units 5 times does, 25 not.
+    # Thirty times the baseline's best rate is between two rates tried: 33 times trains; sigmoid: 5 times does, 25 not.
     assert relu.limits["relu_batch_norm"].highest == 1.0
     assert relu.chosen["relu_none"] == 0.03
     assert sigmoid.limits["sigmoid_batch_norm"].highest == 1.0

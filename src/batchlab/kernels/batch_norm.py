@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from batchlab.kernels.batch_norm_fake import describe_results
-from batchlab.kernels.build import build, load
+from batchlab.kernels.build import build, load, say
 from batchlab.kernels.source import Source
 
 __all__ = [
@@ -75,9 +75,15 @@ def _load() -> bool:
 
 @cache
 def _load_once() -> bool:
+    first = Lock()  # one line for both
+
+    def announce(line: str) -> None:
+        if first.acquire(blocking=False):
+            say(line)
+
     try:
         with ThreadPoolExecutor() as pool:  # the compiler is another process; two of them, where there are two cores
-            libraries = list(pool.map(build, (SOURCE, AUTOGRAD)))
+            libraries = list(pool.map(lambda source: build(source, announce), (SOURCE, AUTOGRAD)))
         for library in libraries:
             load(library)
     except (RuntimeError, OSError) as error:

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -22,7 +21,7 @@ import torch
 
 from batchlab.kernels.source import Source, included
 
-__all__ = ["BuildError", "build", "cache_folder", "compiled", "find_compiler", "load", "writable"]
+__all__ = ["BuildError", "build", "cache_folder", "compiled", "find_compiler", "load", "say", "writable"]
 
 FLAGS: Final = (
     "-O3",
@@ -105,7 +104,12 @@ def writable(folder: Path) -> bool:
 def _private_folder() -> Path:
     """One for this process, removed at its end."""
     folder, owner = Path(tempfile.mkdtemp(prefix="batchlab-")), os.getpid()
-    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+
+    def remove() -> None:
+        if os.getpid() == owner:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
     return folder
 
 
@@ -141,11 +145,12 @@ def compiled(source: Source) -> Path | None:
     return _intact(cache_folder(), _key(source))
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Print a notice on standard error."""
     print(f"batchlab: {line}", file=sys.stderr, flush=True)
 
 
-def build(source: Source, announce: Callable[[str], None] = _say, fall_back: bool = True) -> Path:
+def build(source: Source, announce: Callable[[str], None] = say, fall_back: bool = True) -> Path:
     """Return the compiled library of a C++ source, compiling it if the cache has none for this machine.
 
     The result appears in the cache under its final name at once. Of processes that start together one compiles, and the
@@ -154,7 +159,7 @@ def build(source: Source, announce: Callable[[str], None] = _say, fall_back: boo
 
     Args:
         source: what to compile.
-        announce: called with a line before the compilation, and with one after it.
+        announce: called with a line before the compilation.
         fall_back: where the cache cannot be written to, compile for this process alone; else that is an error.
 
     Raises:
@@ -205,8 +210,7 @@ def _alone(folder: Path, key: str) -> Iterator[None]:
 
 def _compile(source: Source, compiler: list[str], folder: Path, key: str, announce: Callable[[str], None]) -> Path:
     torch_folder = Path(torch.__file__).parent
-    started = time.perf_counter()
-    announce(f"compiling {source.path.name}, once (up to half a minute) ...")
+    announce(f"compiling {source.path.name}, once (up to half a minute), kept in {folder}")
     with tempfile.TemporaryDirectory(prefix="batchlab-") as work:
         built = Path(work) / f"{key}.so"
         includes = [torch_folder / "include", torch_folder / "include" / "torch" / "csrc" / "api" / "include"]
@@ -228,6 +232,4 @@ def _compile(source: Source, compiler: list[str], folder: Path, key: str, announ
         except OSError as error:
             Path(partial).unlink(missing_ok=True)
             raise BuildError(f"{folder} cannot hold the compiled {source.path.name}: {error}") from error
-    seconds = time.perf_counter() - started
-    announce(f"compiled {source.path.name} in {seconds:.0f} s, kept in {folder}")
     return target
