@@ -28,6 +28,7 @@ from batchlab.lab.settings import (
 from batchlab.lab.studies import STUDIES
 from batchlab.lab.studies.dropout_mnist.settings import DropoutMnistSettings
 from batchlab.lab.studies.dropout_patterns.settings import DropoutPatternsSettings
+from batchlab.lab.studies.search import search_plan
 from batchlab.lab.study import Workplace
 from batchlab.lab.training import evaluation_steps, train
 from batchlab.nn import BatchwiseDropout
@@ -196,8 +197,33 @@ def test_a_study_of_dropout_leaves_records_figures_and_a_report(name: str, digit
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize(
-    "wrong", [{"seeds": 0}, {"seeds": 5000}, {"rates": ()}, {"held_out_share": 1.0}, {"evaluate_every": 0}], ids=str
+    "wrong",
+    [
+        {"seeds": 0},
+        {"seeds": 5000},
+        {"rates": ()},
+        {"rates": (0.1, 0.1000001)},
+        {"held_out_share": 1.0},
+        {"evaluate_every": 0},
+    ],
+    ids=str,
 )
 def test_wrong_study_settings_are_refused(name: str, wrong: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=next(iter(wrong))):
         dataclasses.replace(TINY[name], **wrong)
+
+
+@pytest.mark.parametrize("share", [1e-9, 1 - 1e-9])
+def test_rates_are_never_chosen_on_test_images_for_want_of_others(share: float) -> None:
+    settings = dataclasses.replace(DropoutPatternsSettings(), held_out_share=share)
+    with pytest.raises(SettingsError, match="of 60,000 training images that holds out"):
+        search_plan(settings, {}, 60_000)
+
+
+def test_one_seed_is_clear_of_nothing(tmp_path: Path) -> None:
+    name = "dropout-patterns"
+    settings = dataclasses.replace(TINY[name], seeds=1)
+    STUDIES[name].run(settings, Workplace(tmp_path, load_embedded(), None, 1, Console(quiet=True)))
+    page = (tmp_path / "report.html").read_text()
+    assert "differ clearly" not in page
+    assert "more than were tried" not in page

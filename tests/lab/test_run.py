@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -99,7 +100,10 @@ def test_a_continued_run_does_not_start_again(tmp_path: Path) -> None:
     assert min(seen) > done > 0
 
 
-@pytest.mark.parametrize("damage", ["torn metrics", "torn checkpoint", "foreign checkpoint", "stray partial"])
+@pytest.mark.parametrize(
+    "damage",
+    ["torn metrics", "torn checkpoint", "foreign checkpoint", "flipped bit", "hostile checkpoint", "stray partial"],
+)
 def test_damage_by_a_crash_is_survived(damage: str, undisturbed: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=train_until_killed, args=(str(tmp_path), 5, 0.0))
@@ -112,6 +116,12 @@ def test_damage_by_a_crash_is_survived(damage: str, undisturbed: Path, tmp_path:
         checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     elif damage == "foreign checkpoint":
         torch.save({"run": "another version"}, checkpoint)
+    elif damage == "flipped bit":
+        content = bytearray(checkpoint.read_bytes())
+        content[len(content) // 2] ^= 4
+        checkpoint.write_bytes(content)
+    elif damage == "hostile checkpoint":
+        checkpoint.write_bytes(pickle.dumps({"a": 1}))
     else:
         (tmp_path / ".checkpoint.pt.1.partial").write_bytes(b"half")
     run(settings(), load_embedded(), tmp_path)

@@ -76,6 +76,14 @@ class Custom(nn.Module):
         self.parts = nn.ParameterList([torch.ones(2), torch.ones(2, 2)])
 
 
+def test_a_matrix_called_g_is_no_gain_without_a_direction_beside_it() -> None:
+    module = nn.Module()
+    module.g = nn.Parameter(torch.ones(3, 3))
+    assert decaying(module) == ["g"]
+    module.v = nn.Parameter(torch.ones(3, 3))
+    assert decaying(module) == ["v"]
+
+
 def test_parameters_of_unknown_modules_go_by_shape_and_name() -> None:
     assert decaying(Custom()) == ["table", "biased", "parts.1"]
 

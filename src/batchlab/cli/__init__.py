@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print("\nStopped. Everything done so far is kept; the same command goes on from there:")
         errors.print(f"  {_program()} {shlex.join(words)}", style="bold", soft_wrap=True, markup=False)
         return 130
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # a folder that cannot be written to, a full disk
         errors.print(f"batchlab: {error}", soft_wrap=True, markup=False)
         return 2
     except FolderInUseError as error:

@@ -103,7 +103,7 @@ the 5,000 digits that come with batchlab."""
             if self.name == ALL:
                 console.rule(f"{number} of {len(chosen)}: {study.name}", align="left")
                 console.print(study.question, highlight=False)
-            console.print(f"Records and report: {own}", highlight=False, soft_wrap=True)
+            console.print(f"Records and report: {own}", highlight=False, soft_wrap=True, markup=False)
             study.run(settings[study.name], Workplace(own, dataset, self.data, self.jobs, console))
         if self.name == ALL:
             console.rule("all", align="left")

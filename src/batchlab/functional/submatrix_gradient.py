@@ -176,6 +176,10 @@ class SubmatrixGradient(torch.Tensor):
         kept = [" x ".join(map(str, block.shape)) for block in self.blocks]
         return f"SubmatrixGradient(shape={tuple(self.shape)}, kept={' + '.join(kept) or 'nothing'})"
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Write to the entries, all of which take part from then on."""
+        self.make_dense()[key] = _dense(value)
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -187,6 +191,8 @@ class SubmatrixGradient(torch.Tensor):
             result = short(func, args, kwargs)
             if result is not NotImplemented:
                 return result
+        if func.is_view:  # of a tensor made for the occasion: reading is right, writing would be lost
+            return _read_only(func(*map(_dense, args), **{name: _dense(v) for name, v in kwargs.items()}))
         writes = [a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments]
         given = [_written(v) if write else _dense(v) for v, write in zip(args, writes, strict=False)]
         named = {a.name: write for a, write in zip(func._schema.arguments, writes, strict=True)}
@@ -197,6 +203,48 @@ class SubmatrixGradient(torch.Tensor):
             if write and result is inner:
                 return value
         return result
+
+
+class _View(torch.Tensor):
+    """A view of a gradient's dense tensor, which nobody keeps: to write into it is an error."""
+
+    seen: Tensor
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The operation on what is seen."""
+        kwargs = kwargs or {}
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            some = any(isinstance(each, cls) for each in (value if isinstance(value, (list, tuple)) else [value]))
+            if some and argument.alias_info is not None and argument.alias_info.is_write:
+                raise RuntimeError(
+                    f"{func} writes into a view of a SubmatrixGradient, and would be lost. Write by an index "
+                    "(parameter.grad[:3] = 0), or make the gradient dense first: parameter.grad = "
+                    "parameter.grad.to_dense()"
+                )
+        result = func(*map(_seen, args), **{name: _seen(value) for name, value in kwargs.items()})
+        return _read_only(result) if func.is_view else result
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return repr(self.seen)
+
+
+def _seen(value: Any) -> Any:
+    if isinstance(value, _View):
+        return value.seen
+    return type(value)(map(_seen, value)) if isinstance(value, (list, tuple)) else _dense(value)
+
+
+def _read_only(values: Any) -> Any:
+    if isinstance(values, (list, tuple)):
+        return type(values)(map(_read_only, values))
+    self: Any = torch.Tensor._make_wrapper_subclass(
+        _View, values.shape, values.stride(), values.storage_offset(), dtype=values.dtype, device=values.device
+    )
+    self.seen = values
+    return self
 
 
 def _like(gradient: SubmatrixGradient, blocks: list[Block]) -> SubmatrixGradient:
@@ -283,11 +331,26 @@ def _norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(values, order) if values.numel() else values.new_zeros(())
 
 
+def _add_up(gradient: SubmatrixGradient) -> None:
+    """Where several blocks have an entry, let the first one have the sum, and the others zero."""
+    if len(gradient.blocks) < 2:
+        return
+    total, taken = gradient.to_dense(), torch.zeros(gradient.shape, dtype=gradient.dtype, device=gradient.device)
+    for index, block in enumerate(gradient.blocks):
+        here = scatter(block.with_values(torch.ones_like(block.values)), gradient.shape)
+        values = total.where((here > 0) & (taken == 0), 0)
+        for dimension, kept in enumerate((block.rows, block.columns)):
+            values = values if kept is None else values.index_select(dimension, kept)
+        gradient.blocks[index] = block.with_values(values.contiguous())
+        taken = taken + here
+
+
 def _clamp_(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # Zeros stay zero within limits of both signs; and only a single block is its own sum.
+    # Zeros stay zero within limits of both signs.
     low, high = ({"min": None, "max": None} | dict(zip(("min", "max"), args[1:], strict=False)) | kwargs).values()
-    if len(args[0].blocks) > 1 or (low is not None and low > 0) or (high is not None and high < 0):
+    if (low is not None and low > 0) or (high is not None and high < 0):
         return NotImplemented
+    _add_up(args[0])
     for block in args[0].blocks:
         func(block.values, low, high)
     return args[0]

@@ -10,7 +10,6 @@ import os
 import signal
 import threading
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -45,6 +44,7 @@ __all__ = ["RunInput", "build_network", "execute", "load_inputs", "run"]
 
 PROBE_IMAGES = 1200  # 20 batches of 60 for each set of percentiles
 SIGNAL_IMAGES = 1000
+DIGEST = 32  # bytes of SHA-256, in front of a checkpoint
 
 
 Network = MLP | ConvolutionalNetwork
@@ -116,17 +116,22 @@ def _save_checkpoint(path: Path, state: _State, network: Network, optimizer: tor
         "random": torch.get_rng_state(),
     }
     torch.save(content, buffer)
-    write_bytes(path, buffer.getvalue())
+    data = buffer.getvalue()
+    write_bytes(path, hashlib.sha256(data).digest() + data)
 
 
 def _load_checkpoint(path: Path, network: Network, optimizer: torch.optim.Optimizer, run: str) -> _State:
     """Bring network, optimizer and random numbers to where the checkpoint is; a fresh state if it is of no use."""
     try:
-        content = torch.load(path, weights_only=True)
-        # Another version of torch, of the data or of batchlab would not end the same: such a run starts again.
-        if content["run"] != run or "processor_seconds" not in content:
-            return _State()
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+        data = path.read_bytes()
+    except OSError:
+        return _State()
+    # Damaged, or of an earlier batchlab.
+    if hashlib.sha256(data[DIGEST:]).digest() != data[:DIGEST]:
+        return _State()
+    content = torch.load(io.BytesIO(data[DIGEST:]), weights_only=True)
+    # Another version of torch, of the data or of batchlab would not end the same: such a run starts again.
+    if content["run"] != run:
         return _State()
     network.load_state_dict(content["network"])
     optimizer.load_state_dict(content["optimizer"])

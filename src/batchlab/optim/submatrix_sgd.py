@@ -110,6 +110,9 @@ class SubmatrixSGD(torch.optim.Optimizer):
             raise ValueError(f"weight_decay is {given['weight_decay']}; it must be 0 or more")
         if given["nesterov"] and given["momentum"] == 0:
             raise ValueError("nesterov looks ahead along the momentum, which is 0; set momentum above 0")
+        refused = {name: given[name] for name in ("dampening", "maximize") if given.get(name)}
+        if refused:
+            raise ValueError(f"a group has {refused}, which SubmatrixSGD does not do; take torch.optim.SGD")
         super().add_param_group(param_group)
         self._accept(self.param_groups[-1]["params"])
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from batchlab.surgery.copies import copy_to_run, preserved_random_state, remove_forward_hooks
-from batchlab.surgery.example import Example
+from batchlab.surgery.example import Example, map_tensors
 from batchlab.surgery.layers import Norm, is_linear_or_conv
 from batchlab.surgery.nonlinearities import NONLINEAR_MODULES
 
@@ -93,11 +93,7 @@ class _Tracer(fx.Tracer):
         return self.create_proxy("placeholder", name, (), {})
 
     def _symbols(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self._symbol("input")
-        if type(value) in (tuple, list):
-            return type(value)(self._symbols(item) for item in value)
-        return {key: self._symbols(item) for key, item in value.items()} if type(value) is dict else value
+        return map_tensors(lambda _: self._symbol("input"), value)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
         return is_leaf(m)

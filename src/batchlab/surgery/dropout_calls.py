@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from batchlab.surgery.copies import copy_to_run, preserved_random_state
-from batchlab.surgery.example import Example
+from batchlab.surgery.example import Example, map_tensors
 
 __all__ = ["cloned", "watch_training"]
 
 
 def cloned(value: Any, dtype: torch.dtype | None = None) -> Any:
     """The same structure with its tensors cloned; floating ones in `dtype`, if one is given."""
-    if isinstance(value, Tensor):
-        copied = value.detach().clone()
+
+    def clone(tensor: Tensor) -> Tensor:
+        copied = tensor.detach().clone()
         return copied if dtype is None or not copied.is_floating_point() else copied.to(dtype)
-    if type(value) in (tuple, list):
-        return type(value)(cloned(item, dtype) for item in value)
-    return {key: cloned(item, dtype) for key, item in value.items()} if type(value) is dict else value
+
+    return map_tensors(clone, value)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from batchlab.nn import SubmatrixSequential
 from batchlab.surgery.copies import copy_model, copy_to_run, preserved_random_state
 from batchlab.surgery.dropout_calls import cloned
-from batchlab.surgery.example import Example
+from batchlab.surgery.example import Example, map_tensors
 from batchlab.surgery.verify import tensors_in
 
 __all__ = ["TrainingStep", "perturbed", "train_once"]
@@ -39,14 +39,14 @@ def _together(tensors: list[Tensor]) -> Tensor:
 
 def _in_graph(value: Any, leaves: list[Tensor]) -> Any:
     """The arguments, floating tensors made from leaves: their gradients are seen, and a model may write to them."""
-    if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            return value.clone()
-        leaves.append(value.detach().clone().requires_grad_())
+
+    def leaf(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.clone()
+        leaves.append(tensor.detach().clone().requires_grad_())
         return leaves[-1].clone()
-    if type(value) in (tuple, list):
-        return type(value)(_in_graph(item, leaves) for item in value)
-    return {key: _in_graph(item, leaves) for key, item in value.items()} if type(value) is dict else value
+
+    return map_tensors(leaf, value)
 
 
 def train_once(model: nn.Module, example: Example, mode: str | None) -> TrainingStep:

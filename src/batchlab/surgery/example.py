@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections.abc import Callable, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 
 from batchlab.surgery.copies import copy_to_run, preserved_random_state
 
-__all__ = ["Example", "Run", "run_example", "split_example"]
+__all__ = ["Example", "Run", "map_tensors", "run_example", "split_example"]
 
 
 class Example(NamedTuple):
@@ -68,10 +71,45 @@ def run_example(model: nn.Module, example: Example) -> Run:
     return Run(output, calls, dimensions)
 
 
+def map_tensors(function: Callable[[Tensor], Any], value: Any, others: bool = False) -> Any:
+    """The same structure with `function` of its tensors: tuples, named ones too, lists, mappings and dataclasses.
+
+    Args:
+        function: of a tensor.
+        value: the structure.
+        others: leave objects of other classes as they are even if they hold tensors.
+
+    Raises:
+        ValueError: an object of another class holds tensors.
+    """
+
+    def mapped(part: Any) -> Any:
+        return map_tensors(function, part, others)
+
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (tuple, list)):
+        items = map(mapped, value)
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, MutableMapping):
+        mapping = copy.copy(value)
+        for key, part in value.items():
+            mapping[key] = mapped(part)
+        return mapping
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        other = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(other, field.name, mapped(getattr(value, field.name)))
+        return other
+    held = vars(value).values() if hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) else ()
+    if not others and any(isinstance(part, Tensor) for part in held):
+        raise ValueError(
+            f"example_input holds an object of {type(value).__name__} with tensors in it; give tensors alone, or in "
+            "tuples, lists, dicts, named tuples or dataclasses"
+        )
+    return value
+
+
 def _copied(value: Any) -> Any:
     """The same structure with its tensors cloned: a model may write into its input."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if type(value) in (tuple, list):
-        return type(value)(_copied(item) for item in value)
-    return {key: _copied(item) for key, item in value.items()} if type(value) is dict else value
+    return map_tensors(lambda tensor: tensor.detach().clone(), value)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from batchlab.reference.batch_norm import moments
 from batchlab.surgery.copies import preserved_random_state
+from batchlab.surgery.example import map_tensors
 from batchlab.surgery.layers import ChannelNorm
 from batchlab.surgery.population import Population, add_batch, empty_population
 
@@ -54,13 +55,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
 def _move(value: Any, device: torch.device | str | None) -> Any:
     if device is None:
         return value
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _move(item, device) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_move(item, device) for item in value)
-    return value
+    return map_tensors(lambda tensor: tensor.to(device), value, others=True)
 
 
 def _call(model: nn.Module, batch: Any, device: torch.device | str | None) -> None:

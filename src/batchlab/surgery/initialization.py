@@ -86,7 +86,15 @@ def initialize(
                 drawn.append((parameter, fill(torch.empty_like(parameter), generator=generator, **options)))
             elif parameter is not None and parameter.requires_grad:
                 drawn.append((parameter, torch.zeros_like(parameter)))
-    with torch.no_grad():
-        for target, values in drawn:
-            target.copy_(values)
+    before = [target.detach().clone() for target, _ in drawn]
+    try:
+        with torch.no_grad():
+            for target, values in drawn:
+                target.copy_(values)
+    except BaseException:
+        with torch.no_grad():
+            for (target, _), value in zip(drawn, before, strict=True):
+                if not torch.equal(target, value):  # what was not written may not be writable
+                    target.copy_(value)
+        raise
     return InitializationResult(model, InitializationReport(tuple(plan.entries)))

@@ -22,8 +22,10 @@ NEVER: Final[tuple[type[nn.Module], ...]] = (
 )
 """Layers whose own parameters are scales, shifts or slopes, of any number of dimensions."""
 
-GAINS: Final = frozenset(["g", "weight_g"])
-"""Names of a factored weight's length, which is (out, 1, ...) in some factorizations."""
+GAINS: Final = {"g": "v", "weight_g": "weight_v"}
+"""Names of a factored weight's length, (out, 1, ...) in some factorizations, and of its direction beside it."""
+
+PARAMETRIZED_GAIN: Final = "a parametrization's gain"
 
 
 class _Use(NamedTuple):
@@ -40,7 +42,7 @@ def _use(model: nn.Module, path: str, module: nn.Module, key: str) -> _Use:
         # `layer.parametrizations.weight.original` is used by `layer`, as its weight.
         layer, _, tensor = path.rpartition("parametrizations.")
         is_gain = key == "original0" and any(isinstance(part, parametrizations._WeightNorm) for part in module)
-        return _Use(name, model.get_submodule(layer.rstrip(".")), "g" if is_gain else tensor)
+        return _Use(name, model.get_submodule(layer.rstrip(".")), PARAMETRIZED_GAIN if is_gain else tensor)
     return _Use(name, module, key)
 
 
@@ -54,9 +56,10 @@ def _uses(model: nn.Module) -> dict[int, list[_Use]]:
 
 
 def _is_weight(use: _Use, ndim: int) -> bool:
-    if isinstance(use.owner, NEVER) or use.key in GAINS or "bias" in use.key.split("_"):
+    if isinstance(use.owner, NEVER) or use.key == PARAMETRIZED_GAIN or "bias" in use.key.split("_"):
         return False
-    return ndim >= 2
+    is_gain = use.key in GAINS and hasattr(use.owner, GAINS[use.key])
+    return ndim >= 2 and not is_gain
 
 
 def _matches(use: _Use, rule: str | type[nn.Module]) -> bool:

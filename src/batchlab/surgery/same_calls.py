@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from batchlab.surgery.dataflow import Dataflow
 
@@ -13,7 +13,7 @@ __all__ = ["calls_without"]
 
 
 def calls_without(flow: Dataflow, model: nn.Module, added: Collection[nn.Module]) -> list[tuple[Any, ...]]:
-    """List every call as (kind, what, numbers of the calls it takes its inputs from), leaving the added modules out.
+    """List every call as (kind, what, numbers of the calls it takes inputs from, arguments), without the added modules.
 
     Modules are told by identity, not by name: names may have moved.
     """
@@ -30,6 +30,8 @@ def calls_without(flow: Dataflow, model: nn.Module, added: Collection[nn.Module]
                 continue
         elif node.op == "get_attr":
             what = None
+        # With the numbers among the arguments: the length of a container, say, which a module more would change.
+        given = repr(fx.node.map_arg((node.args, node.kwargs), lambda source: f"call {numbers[source]}"))
         numbers[node] = len(calls)
-        calls.append((node.op, what, inputs))
+        calls.append((node.op, what, inputs, given))
     return calls

@@ -45,4 +45,6 @@ def print_ending(console: Console, title: str, table: Table, sentences: Sequence
         console.print(sentence, highlight=False)
     console.print()
     console.print("The report, with all figures:", highlight=False)
-    console.print(f"  {(folder / 'report.html').resolve()}", style="bold", highlight=False, soft_wrap=True)
+    console.print(
+        f"  {(folder / 'report.html').resolve()}", style="bold", highlight=False, soft_wrap=True, markup=False
+    )

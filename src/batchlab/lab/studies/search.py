@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from batchlab.lab.comparison import final_score
 from batchlab.lab.records import RunRecord
-from batchlab.lab.settings import RunSettings
+from batchlab.lab.settings import RunSettings, SettingsError
 from batchlab.lab.studies.settings import ComparisonSettings
 
 __all__ = ["Arms", "Scores", "arm_records", "choose_rates", "final_plan", "run_name", "search_plan"]
@@ -31,6 +31,11 @@ def _at(arm: RunSettings, rate: float, seed: int, steps: int) -> RunSettings:
 def search_plan(settings: ComparisonSettings, arms: Arms, training_images: int) -> dict[str, RunSettings]:
     """Every arm at each of its rates, evaluated on a validation split of the training images; never on test images."""
     validation = round(training_images * settings.held_out_share)
+    if not 0 < validation < training_images:  # with none the search would look at test images
+        raise SettingsError(
+            f"held_out_share is {settings.held_out_share}: of {training_images:,} training images that holds out "
+            f"{validation:,}; rates are chosen on 1 or more, and trained on 1 or more"
+        )
     tried = dict.fromkeys(rate for name in arms for rate in settings.rates_of(name))
     return {
         run_name("search", name, rate, seed): replace(

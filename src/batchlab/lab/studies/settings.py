@@ -49,8 +49,10 @@ class ComparisonSettings:
             raise SettingsError(f"seeds is {self.seeds}; allowed: 1 to {SEARCH_SEED} (the next are the search's)")
         if not 0 <= self.first_seed <= 1_000_000_000:
             raise SettingsError(f"first_seed is {self.first_seed}; allowed: 0 to 1,000,000,000")
-        if not self.rates or len(set(self.rates)) != len(self.rates):
-            raise SettingsError(f"rates is {self.rates}; it must name one or more different learning rates")
+        if not self.rates or len({f"{rate:g}" for rate in self.rates}) != len(self.rates):  # as folders are called
+            raise SettingsError(
+                f"rates is {self.rates}; it must name one or more learning rates, different in their first six digits"
+            )
         if not 0 < self.held_out_share < 1:
             raise SettingsError(f"held_out_share is {self.held_out_share}; it must be between 0 and 1")
 

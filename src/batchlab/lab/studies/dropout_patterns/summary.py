@@ -39,7 +39,7 @@ def summarize(finished: Finished) -> Summary:
     enough = None
     for number in sorted(settings.patterns, reverse=True):
         gap = more[f"patterns{number}"]
-        if not gap.low <= 0 <= gap.high:
+        if gap.low > 0 or gap.high < 0:  # one seed has no interval, and is clear of nothing
             break
         enough = number
     return Summary(
