@@ -154,3 +154,13 @@ def test_a_normalization_behind_a_layer_takes_the_statistics_of_this_batch(kind:
     y = model.train()(x)
     torch.testing.assert_close(y.mean(0), torch.zeros(5), rtol=0, atol=1e-4)
     torch.testing.assert_close(y.std(0, correction=0), torch.ones(5), rtol=1e-4, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:to_factored left")
+def test_a_transformer_with_padding_is_started() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 2)
+    to_factored(model)
+    padding = torch.tensor([[False, False, True]] * 50)
+    initialize_from_data(model, {"src": torch.randn(50, 3, 8), "src_key_padding_mask": padding})
+    assert torch.backends.mha.get_fastpath_enabled()

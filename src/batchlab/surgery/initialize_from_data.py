@@ -33,6 +33,17 @@ def _values_back_on_exception(layers: list[FactoredLayer]) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def _layers_called() -> Iterator[None]:
+    """Torch's Transformer in evaluation reads its layers' weights, or gives them nested tensors: not now."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def _initialize_when_called(name: str, layer: FactoredLayer, reached: set[str]) -> Any:
     def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name in reached:
@@ -93,7 +104,7 @@ def initialize_from_data(model: nn.Module, inputs: Tensor | tuple[Any, ...] | di
     _check_not_tied(model, layers)
     args, kwargs = split_example(inputs)
     reached: set[str] = set()
-    with _values_back_on_exception(list(layers.values())), left_as_it_was(model), eager(model):
+    with _values_back_on_exception(list(layers.values())), left_as_it_was(model), eager(model), _layers_called():
         handles = []
         try:
             for module in model.modules():
