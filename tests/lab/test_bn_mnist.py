@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,29 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = study(folder)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def test_a_finished_study_can_be_called_again_without_its_weights(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    done = study(folder)
+    assert done.returncode == 0, done.stderr
+    assert evidence(folder) == {k: v for k, v in evidence(finished).items() if not k.endswith(".safetensors")}
+    (folder / "mistakes.json").unlink()
+    done = study(folder)
+    assert done.returncode == 2
+    assert "weights.safetensors is missing or damaged" in done.stderr
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"study": ["x"], "settings": {}, "data": {}}'])
+def test_a_study_file_that_says_something_else_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text(content)
+    report = subprocess.run(
+        command("report", str(tmp_path)), capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
+    for done in (study(tmp_path), report):
+        assert done.returncode == 2
+        assert "study.json is damaged" in done.stderr
 
 
 def test_a_study_leaves_records_figures_and_a_report(finished: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -217,6 +218,16 @@ def test_missing_and_damaged_records_are_named(name: str, undisturbed: Path, tmp
         read_record(tmp_path)
     path.unlink()
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "result.json"])
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"null", b"\xff\xfe\x00"])
+def test_records_of_something_else_are_named(name: str, content: bytes, undisturbed: Path, tmp_path: Path) -> None:
+    for source in undisturbed.iterdir():
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         read_record(tmp_path)
 
 

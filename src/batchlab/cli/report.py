@@ -10,10 +10,10 @@ import tyro
 from rich.console import Console
 
 from batchlab.cli.options import File
-from batchlab.lab.files import locked, read_json
+from batchlab.lab.files import locked
 from batchlab.lab.studies import STUDIES
 from batchlab.lab.studies.collection import collect, find_studies
-from batchlab.lab.study import STUDY_FILE
+from batchlab.lab.study import STUDY_FILE, read_study_file
 
 __all__ = ["Report"]
 
@@ -39,7 +39,7 @@ class Report:
             collect(found, STUDIES, self.out or parent / "report.html", console)
             return 0
         folder = found[0]
-        name = read_json(folder / STUDY_FILE).get("study")
+        name = read_study_file(folder)["study"]
         if name not in STUDIES:
             raise ValueError(
                 f"{folder / STUDY_FILE} names the study {name!r}, which this version does not know: "

@@ -149,11 +149,17 @@ def read_record(folder: Path) -> RunRecord:
             raise ValueError(f"{folder / name} is missing: the run is not finished; run its study again to finish it")
     run, result = read_json(folder / "run.json"), read_json(folder / "result.json")
     timing = read_json(folder / "timing.json") if (folder / "timing.json").is_file() else {}
-    metrics = read_metrics(folder / "metrics.jsonl")
-    if len(metrics) != result["evaluations"]:
+    try:
+        metrics, expected = read_metrics(folder / "metrics.jsonl"), result["evaluations"]
+        settings = from_dict(run["settings"], RunSettings)
+        record = RunRecord(folder.name, settings, run["data"], run["environment"], metrics, result, timing)
+    except (KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{folder / 'metrics.jsonl'} is damaged: {len(metrics)} whole lines instead of {result['evaluations']}. "
+            f"{folder} has a damaged record ({type(error).__name__}: {error}). Delete it and run the study again."
+        ) from error
+    if len(metrics) != expected:
+        raise ValueError(
+            f"{folder / 'metrics.jsonl'} is damaged: {len(metrics)} whole lines instead of {expected}. "
             "Delete the run's folder and run the study again."
         )
-    settings = from_dict(run["settings"], RunSettings)
-    return RunRecord(folder.name, settings, run["data"], run["environment"], metrics, result, timing)
+    return record

@@ -109,10 +109,29 @@ def open_folder(folder: Path, study: Study, settings: Any, dataset: Dataset) -> 
     with locked(folder, "study"):
         path = folder / STUDY_FILE
         if path.is_file():
-            _refuse_mixture(folder, read_json(path), content, study)
+            _refuse_mixture(folder, read_study_file(folder), content, study)
         else:
             write_json(path, content)
         yield
+
+
+def read_study_file(folder: Path) -> dict[str, Any]:
+    """What study.json in a folder says: study, settings, data.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    content = read_json(folder / STUDY_FILE)
+    if not (
+        isinstance(content, dict)
+        and isinstance(content.get("study"), str)
+        and all(isinstance(content.get(key), dict) for key in ("settings", "data"))
+    ):
+        raise ValueError(
+            f"{folder / STUDY_FILE} is damaged: it does not say study, settings and data. Restore it, or choose "
+            "another folder."
+        )
+    return content
 
 
 def _refuse_mixture(folder: Path, earlier: Any, now: dict[str, Any], study: Study) -> None:
@@ -136,5 +155,5 @@ def _refuse_mixture(folder: Path, earlier: Any, now: dict[str, Any], study: Stud
 
 def read_study(folder: Path, kind: type[Any]) -> tuple[Any, dict[str, Any]]:
     """The settings of the study in `folder`, and what study.json says of its data."""
-    content = read_json(folder / STUDY_FILE)
+    content = read_study_file(folder)
     return from_dict(content["settings"], kind), content["data"]

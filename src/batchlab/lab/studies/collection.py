@@ -8,9 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from batchlab.lab.files import read_json
 from batchlab.lab.report import Page, write_collection
-from batchlab.lab.study import STUDY_FILE, Study
+from batchlab.lab.study import STUDY_FILE, Study, read_study_file
 
 __all__ = ["collect", "find_studies"]
 
@@ -37,7 +36,7 @@ def find_studies(folders: Iterable[Path]) -> list[Path]:
 
 
 def _study_in(folder: Path) -> str:
-    return str(read_json(folder / STUDY_FILE).get("study"))
+    return str(read_study_file(folder)["study"])
 
 
 def _read(folder: Path, studies: Mapping[str, Study]) -> Page:
