@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any, Final, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
@@ -55,11 +56,12 @@ def _uses(model: nn.Module) -> dict[int, list[_Use]]:
     return uses
 
 
-def _is_weight(use: _Use, ndim: int) -> bool:
+def _is_weight(use: _Use, shape: torch.Size) -> bool:
     if isinstance(use.owner, NEVER) or use.key == PARAMETRIZED_GAIN or "bias" in use.key.split("_"):
         return False
-    is_gain = use.key in GAINS and hasattr(use.owner, GAINS[use.key])
-    return ndim >= 2 and not is_gain
+    if use.key in GAINS and (hasattr(use.owner, GAINS[use.key]) or sum(size > 1 for size in shape) < 2):
+        return False
+    return len(shape) >= 2
 
 
 def _matches(use: _Use, rule: str | type[nn.Module]) -> bool:
@@ -146,7 +148,7 @@ def parameter_groups(
             )
         places = uses[id(parameter)]
         excluded = any(_matches(use, rule) for use in places for rule in rules)
-        decays = not excluded and any(_is_weight(use, parameter.ndim) for use in places)
+        decays = not excluded and any(_is_weight(use, parameter.shape) for use in places)
         group = groups[0 if decays else 1]
         group["params"].append(parameter)
         group["param_names"].append(name)
