@@ -56,7 +56,7 @@ def to_natural(
 ) -> nn.Module:
     """Turn a model's linear layers into natural ones, in place; return the model.
 
-    Linear   becomes   NaturalLinear with U = I and c = 0, of the same function, to the last bit
+    Linear   becomes   NaturalLinear with U = I and c = 0, of the same function, to the last bit for finite inputs
 
     The layers are the same objects under the same names, and V and d are the Parameters that weight and bias were, with
     their gradients: an optimizer that exists goes on. State-dict keys change from `weight` and `bias` to `v` and `d`;
