@@ -26,7 +26,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def close_to_float64(x: Tensor, residual: Tensor, training: bool, activation: str | None = "relu") -> None:
-    x.requires_grad_(x.is_leaf)
     running = torch.full((CHANNELS,), 0.5), torch.full((CHANNELS,), 2.0)
     wide = [value.double() for value in running]
     with torch.no_grad():

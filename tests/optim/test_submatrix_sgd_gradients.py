@@ -33,6 +33,7 @@ def test_rows_can_be_set_to_zero_and_a_view_says_that_it_cannot_be_written_to() 
         lambda: gradient.t().mul_(0),
         lambda: gradient[1].fill_(1),
         lambda: torch._foreach_mul_([gradient[1]], 2.0),
+        lambda: torch.add(dense[0], 1, out=gradient[0]),
     ):
         with pytest.raises(RuntimeError, match="would be lost"):
             write()

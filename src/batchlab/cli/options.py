@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
@@ -39,8 +39,9 @@ def _seed(text: str) -> int:
 unhinted = tyro.conf.arg(help_behavior_hint="")
 
 
-def choice(*words: str) -> Any:
-    """One of some words. tyro's own choices would name None among them."""
+def choice(kind: Any) -> Any:
+    """One of the words of a Literal. tyro's own choices would name None among them."""
+    words = get_args(kind)
 
     def read(text: str) -> str:
         if text not in words:

@@ -19,6 +19,8 @@ from batchlab.lab.study import Study, Workplace
 __all__ = ["StudyCommand"]
 
 ALL: Final = "all"
+Size = Literal["full", "demo", "quick"]
+Images = Literal["mnist", "fashion"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,13 @@ class StudyCommand:
     """Which one; `batchlab studies` lists them. all: every one, and one report of them."""
     quick: Annotated[bool, unhinted] = False
     """The smallest size, within a minute; the same as --size quick."""
-    size: Annotated[Literal["full", "demo", "quick"] | None, choice("full", "demo", "quick"), unhinted] = None
+    size: Annotated[Size | None, choice(Size), unhinted] = None
     """full: as published; demo: about five minutes; quick: within one. Without it: full."""
     seeds: Count = None
     """Runs of each arm, with different random starts."""
     first_seed: Seed = None
     """The first of these starts, a whole number; without it 0. Another one repeats the study with other randomness."""
-    dataset: Annotated[Literal["mnist", "fashion"] | None, choice("mnist", "fashion"), unhinted] = None
+    dataset: Annotated[Images | None, choice(Images), unhinted] = None
     """mnist: handwritten digits (the default); fashion: Fashion-MNIST, pieces of clothing."""
     data: Folder = None
     """Folder with the IDX files. Without it: $BATCHLAB_DATA, the cache, the system's data sets, download, and at last \

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from batchlab import kernels, reference
+from batchlab.functional.submatrix_gradient_view import read_only
 
 __all__ = ["Block", "SubmatrixGradient", "scatter"]
 
@@ -192,7 +193,7 @@ class SubmatrixGradient(torch.Tensor):
             if result is not NotImplemented:
                 return result
         if func.is_view:  # of a tensor made for the occasion: reading is right, writing would be lost
-            return _read_only(func(*map(_dense, args), **{name: _dense(v) for name, v in kwargs.items()}))
+            return read_only(func(*map(_dense, args), **{name: _dense(v) for name, v in kwargs.items()}))
         writes = [a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments]
         given = [_written(v) if write else _dense(v) for v, write in zip(args, writes, strict=False)]
         named = {a.name: write for a, write in zip(func._schema.arguments, writes, strict=True)}
@@ -203,48 +204,6 @@ class SubmatrixGradient(torch.Tensor):
             if write and result is inner:
                 return value
         return result
-
-
-class _View(torch.Tensor):
-    """A view of a gradient's dense tensor, which nobody keeps: to write into it is an error."""
-
-    seen: Tensor
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """The operation on what is seen."""
-        kwargs = kwargs or {}
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            some = any(isinstance(each, cls) for each in (value if isinstance(value, (list, tuple)) else [value]))
-            if some and argument.alias_info is not None and argument.alias_info.is_write:
-                raise RuntimeError(
-                    f"{func} writes into a view of a SubmatrixGradient, and would be lost. Write by an index "
-                    "(parameter.grad[:3] = 0), or make the gradient dense first: parameter.grad = "
-                    "parameter.grad.to_dense()"
-                )
-        result = func(*map(_seen, args), **{name: _seen(value) for name, value in kwargs.items()})
-        return _read_only(result) if func.is_view else result
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return repr(self.seen)
-
-
-def _seen(value: Any) -> Any:
-    if isinstance(value, _View):
-        return value.seen
-    return type(value)(map(_seen, value)) if isinstance(value, (list, tuple)) else _dense(value)
-
-
-def _read_only(values: Any) -> Any:
-    if isinstance(values, (list, tuple)):
-        return type(values)(map(_read_only, values))
-    self: Any = torch.Tensor._make_wrapper_subclass(
-        _View, values.shape, values.stride(), values.storage_offset(), dtype=values.dtype, device=values.device
-    )
-    self.seen = values
-    return self
 
 
 def _like(gradient: SubmatrixGradient, blocks: list[Block]) -> SubmatrixGradient:
