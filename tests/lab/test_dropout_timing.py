@@ -1,6 +1,7 @@
 """What the speed comparisons build, count and say; none of these tests depends on how fast anything is."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -128,14 +129,20 @@ def test_peak_growth_sees_what_is_allocated_and_freed_again() -> None:
     assert 190e6 < grown < 260e6
 
 
-def test_candidates_take_turns_and_who_begins_changes() -> None:
+def test_candidates_take_turns_and_each_follows_each_other_about_as_often() -> None:
     calls: list[str] = []
     rounds: list[int] = []
-    work = {name: (lambda name=name: calls.append(name)) for name in "ab"}
-    times = take_turns(work, 2, calls=2, on_round=lambda: rounds.append(len(calls)))
-    assert "".join(calls) == "ab" + "aabb" + "bbaa"
-    assert rounds == [6, 10]
-    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
+    work = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    times = take_turns(work, 60, calls=2, on_round=lambda: rounds.append(len(calls)))
+    assert rounds == list(range(9, 369, 6))
+    assert {name: len(values) for name, values in times.items()} == {"a": 60, "b": 60, "c": 60}
+    assert calls[:3] == list("abc")
+    order = "".join(calls[3:])
+    assert all(sorted(order[at : at + 6]) == list("aabbcc") for at in range(0, 360, 6))
+    turns = order[::2]
+    assert order == "".join(2 * turn for turn in turns)  # two in a row
+    behind = Counter(map("".join, zip(turns, turns[1:], strict=False)))
+    assert min(behind[first + second] for first in "abc" for second in "abc" if first != second) >= 15
     assert min(min(values) for values in times.values()) >= 0
     number, seconds = calls_for(work, 1e-3)
     assert number >= 1

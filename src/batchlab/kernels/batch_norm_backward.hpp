@@ -89,21 +89,20 @@ struct Backward {
     const Planes p{layout.samples, layout.channels, layout.size};
     const Last<A> end(layout.size);
     const int64_t ahead = beyond_cache<T>(layout) ? Ahead(p, bytes(), from, to, first, last).next_sample : 0;
-    const auto take = [&](int64_t offset, int64_t c, auto&& f) {
+    const auto take = [here = *this](const Affine<A>& a, int64_t offset, auto&& f) {
       const auto load = [&](const T* of) { return Memory<T>::load(of + offset); };
-      const Affine<A> a = affine(c);
-      const Lanes<A> value = load(before.x);
-      f(before(load, a, value), value - a.mean);
+      const Lanes<A> value = load(here.before.x);
+      f(here.before(load, a, value), value - a.mean);
     };
     with_known(ahead != 0, [&](auto reads_ahead) {
       sum_planes<A>(
-          p, from, to, first, last, one, two,
-          [&](Sums<A>& s, int64_t offset, int64_t c) {
-            if (reads_ahead.value) each_input([&](const T* of) { begin_to_read(of + offset + ahead); });
-            take(offset, c, [&](Lanes<A> g, Lanes<A> d) { s.products(g, d); });
+          p, from, to, first, last, one, two, [here = *this](int64_t c) { return here.affine(c); },
+          [take, here = *this, ahead, reads_ahead](Sums<A>& s, const Affine<A>& a, int64_t offset) {
+            if (reads_ahead.value) here.each_input([&](const T* of) { begin_to_read(of + offset + ahead); });
+            take(a, offset, [&](Lanes<A> g, Lanes<A> d) { s.products(g, d); });
           },
-          [&](Sums<A>& s, int64_t offset, int64_t c) {
-            take(offset, c, [&](Lanes<A> g, Lanes<A> d) {
+          [take, end](Sums<A>& s, const Affine<A>& a, int64_t offset) {
+            take(a, offset, [&](Lanes<A> g, Lanes<A> d) {
               s.products(from_lane<A>(g, end.lane), from_lane<A>(d, end.lane));
             });
           });

@@ -69,10 +69,16 @@ Layout layout_of(const Tensor& x) {
     layout.main = {x.size(0), layout.channels * inner};
     return layout;
   }
-  // As many rows as fill the vectors that are walked together, if they are not longer than a page together.
+  // As many rows as fill the vectors that are walked together, or at least each vector, if they are not longer than a
+  // page together.
   int64_t several = 1;
-  while (several < 4 * kWidth<A> && (layout.channels * several) % (kTogether * kWidth<A>) != 0) several *= 2;
-  if (layout.channels * several > 1024 || layout.count < 8 * several) several = 1;
+  for (const int64_t numbers : {kTogether * kWidth<A>, kWidth<A>}) {
+    int64_t rows = 1;
+    while (layout.channels * rows % numbers != 0) rows *= 2;
+    if (layout.channels * rows > 1024 || layout.count < 8 * rows) continue;
+    several = rows;
+    break;
+  }
   layout.main = {layout.count / several, layout.channels * several};
   layout.rest = {layout.count % several, layout.channels};
   return layout;

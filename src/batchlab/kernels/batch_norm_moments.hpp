@@ -55,15 +55,17 @@ struct Moments {
     const Planes p{layout.samples, layout.channels, layout.size};
     const Last<A> end(layout.size);
     const int64_t ahead = beyond_cache<T>(layout) ? Ahead(p, sizeof(T), from, to, first, last).next_sample : 0;
-    const auto distance = [&](int64_t offset, int64_t c) { return Memory<T>::load(x + offset) - all(pivot[c]); };
+    const auto distance = [from = x](Lanes<A> near, int64_t offset) { return Memory<T>::load(from + offset) - near; };
     with_known(ahead != 0, [&](auto reads_ahead) {
       sum_planes<A>(
-          p, from, to, first, last, one, two,
-          [&](Sums<A>& s, int64_t offset, int64_t c) {
-            if (reads_ahead.value) begin_to_read(x + offset + ahead);
-            s.powers(distance(offset, c));
+          p, from, to, first, last, one, two, [pivots = pivot + 0](int64_t c) { return all(pivots[c]); },
+          [distance, from = x, ahead, reads_ahead](Sums<A>& s, Lanes<A> near, int64_t offset) {
+            if (reads_ahead.value) begin_to_read(from + offset + ahead);
+            s.powers(distance(near, offset));
           },
-          [&](Sums<A>& s, int64_t offset, int64_t c) { s.powers(from_lane<A>(distance(offset, c), end.lane)); });
+          [distance, end](Sums<A>& s, Lanes<A> near, int64_t offset) {
+            s.powers(from_lane<A>(distance(near, offset), end.lane));
+          });
     });
   }
 

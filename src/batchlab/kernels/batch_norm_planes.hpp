@@ -14,6 +14,7 @@ namespace batchlab {
 constexpr int64_t kTileBytes = 1 << 20;   // of what is read twice, half of a common second-level cache
 constexpr int64_t kMostChannels = 128;    // in a tile
 constexpr int64_t kLaneAdditions = 64;    // to a lane of float, before it goes into a double
+constexpr int64_t kOneChain = 16;         // vectors of a plane whose sums may wait for each other: the next plane's do not
 
 struct Planes {
   int64_t samples, channels, size;
@@ -63,36 +64,38 @@ struct Last {
   }
 };
 
-// Sums of a plane, or of a piece of one: `add(sums, offset, channel)` takes in the vector at an offset, and
-// `add_last(sums, offset, channel)` only what is new in it.
-template <class A, class Add, class AddLast>
-inline void sum_plane(Sums<A>& sums, int64_t begin, int64_t size, const Last<A>& last, int64_t c, Add&& add,
+// Sums of a plane, or of a piece of one: `add(sums, parameters, offset)` takes in the vector at an offset, and
+// `add_last(sums, parameters, offset)` only what is new in it.
+template <class A, class Parameters, class Add, class AddLast>
+inline void sum_plane(Sums<A>& sums, int64_t begin, int64_t size, const Last<A>& last, const Parameters& of, Add&& add,
                       AddLast&& add_last) {
   constexpr int width = kWidth<A>;
   int64_t i = 0;
-  if (size < 8 * width) {  // no chain of additions that is worth to be cut: one sum, and nothing to put together
+  if (size < kOneChain * width) {
     Sums<A> s = sums;
-    for (; i + width <= size; i += width) add(s, begin + i, c);
-    if (last.lane) add_last(s, begin + last.start, c);
+#pragma GCC unroll 1
+    for (; i + width <= size; i += width) add(s, of, begin + i);
+    if (last.lane) add_last(s, of, begin + last.start);
     sums = s;
     return;
   }
   Sums<A> s[4];
   for (; i + 4 * width <= size; i += 4 * width)
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) add(s[k], begin + i + k * width, c);
-  for (; i + width <= size; i += width) add(s[0], begin + i, c);
-  if (last.lane) add_last(s[1], begin + last.start, c);
+    for (int k = 0; k < 4; ++k) add(s[k], of, begin + i + k * width);
+  for (; i + width <= size; i += width) add(s[0], of, begin + i);
+  if (last.lane) add_last(s[1], of, begin + last.start);
   s[0] += s[1];
   s[2] += s[3];
   s[0] += s[2];
   sums += s[0];
 }
 
-// Sums over the planes of channels [from, to) of samples [first, last).
-template <class A, class Add, class AddLast>
+// Sums over the planes of channels [from, to) of samples [first, last). The functions are copies and hold copies, as in
+// `each_plane`: so what is the same for all vectors of a plane is loaded once.
+template <class A, class Parameters, class Add, class AddLast>
 inline void sum_planes(const Planes& p, int64_t from, int64_t to, int64_t first, int64_t last, double* one, double* two,
-                       Add&& add, AddLast&& add_last) {
+                       Parameters parameters, Add add, AddLast add_last) {
   const int64_t piece = 4 * kWidth<A> * kLaneAdditions;  // of a large plane
   const int64_t often = std::max<int64_t>(1, piece / p.size);
   Sums<A> kept[kMostChannels];
@@ -107,9 +110,10 @@ inline void sum_planes(const Planes& p, int64_t from, int64_t to, int64_t first,
   const Last<A> none(0), of_plane((p.size - 1) % piece + 1);
   for (int64_t n = first; n < last; ++n) {
     for (int64_t c = from; c < to; ++c) {
+      const auto of = parameters(c);
       int64_t begin = p.at(n, c), left = p.size;
-      for (; left > piece; left -= piece, begin += piece) sum_plane(kept[c - from], begin, piece, none, c, add, add_last);
-      sum_plane(kept[c - from], begin, left, of_plane, c, add, add_last);
+      for (; left > piece; left -= piece, begin += piece) sum_plane(kept[c - from], begin, piece, none, of, add, add_last);
+      sum_plane(kept[c - from], begin, left, of_plane, of, add, add_last);
     }
     if ((n - first) % often == often - 1) flush();
   }
@@ -134,23 +138,21 @@ inline void each_plane(const Planes& p, const T* output, int64_t from, int64_t t
   for (int64_t n = last - 1; n >= first; --n) {
     int64_t end = p.at(n, from), i = end;
     const int64_t over = reinterpret_cast<uintptr_t>(output + i) % bytes;
-    auto of = parameters(from);
     if (over != 0) {
-      write(i, value(of, i), std::false_type());
+      write(i, value(parameters(from), i), std::false_type());
       i += (bytes - over) / static_cast<int64_t>(sizeof(T));
     }
     for (int64_t c = from;;) {
+      const auto of = parameters(c);
       end += p.size;
       for (; i + width <= end; i += width) write(i, value(of, i), std::bool_constant<past>());
       if (++c == to) break;
-      const auto next = parameters(c);
       if (i < end) {
-        write(i, join(value(of, i), value(next, i), static_cast<int>(end - i)), std::bool_constant<past>());
+        write(i, join(value(of, i), value(parameters(c), i), static_cast<int>(end - i)), std::bool_constant<past>());
         i += width;
       }
-      of = next;
     }
-    if (i < end) write(end - width, value(of, end - width), std::false_type());
+    if (i < end) write(end - width, value(parameters(to - 1), end - width), std::false_type());
   }
   if constexpr (past) fence();
 }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -206,18 +207,38 @@ inline void put(T* to, V lanes) {
 // `count` numbers, fewer than a vector; the other lanes are 0.
 template <class T>
 inline auto load_some(const T* from, int64_t count) {
-  using A = typename Computed<T>::type;
-  T buffer[kWidth<A>] = {};
-  std::memcpy(static_cast<void*>(buffer), from, count * sizeof(T));
-  return Memory<T>::load(buffer);
+#if defined(__AVX512F__)
+  const auto which = (1u << count) - 1;
+  if constexpr (std::is_same_v<T, float>)
+    return (Lanes<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(which), from);
+  else if constexpr (std::is_same_v<T, double>)
+    return (Lanes<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(which), from);
+  else
+#endif
+  {
+    using A = typename Computed<T>::type;
+    T buffer[kWidth<A>] = {};
+    std::memcpy(static_cast<void*>(buffer), from, count * sizeof(T));
+    return Memory<T>::load(buffer);
+  }
 }
 
 template <class T, class V>
 inline void store_some(T* to, V lanes, int64_t count) {
-  using A = typename Computed<T>::type;
-  T buffer[kWidth<A>];
-  Memory<T>::store(buffer, lanes);
-  std::memcpy(static_cast<void*>(to), buffer, count * sizeof(T));
+#if defined(__AVX512F__)
+  const auto which = (1u << count) - 1;
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_mask_storeu_ps(to, static_cast<__mmask16>(which), (__m512)lanes);
+  else if constexpr (std::is_same_v<T, double>)
+    return _mm512_mask_storeu_pd(to, static_cast<__mmask8>(which), (__m512d)lanes);
+  else
+#endif
+  {
+    using A = typename Computed<T>::type;
+    T buffer[kWidth<A>];
+    Memory<T>::store(buffer, lanes);
+    std::memcpy(static_cast<void*>(to), buffer, count * sizeof(T));
+  }
 }
 
 inline double sum(Lanes<double> lanes) {

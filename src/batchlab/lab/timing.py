@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from random import Random
 from statistics import quantiles
 from typing import Any
 
@@ -51,7 +52,7 @@ def take_turns(
     warm_up: int = 1,
     on_round: Callable[[], Any] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of one call of each candidate, a list with one entry a round.
+    """Seconds of one call of each candidate, a list with one entry a round; in each round the order is drawn anew.
 
     Args:
         candidates: what to call, by name.
@@ -64,11 +65,12 @@ def take_turns(
         for _ in range(warm_up):
             work()
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    shuffle = Random(0).shuffle  # the same order in every run
     names = list(candidates)
-    for index in range(rounds):
-        # Who goes first changes from round to round: the first may find colder caches.
-        start = index % len(names)
-        for name in names[start:] + names[:start]:
+    for _ in range(rounds):
+        # Caches are left as the one before had use of them: nobody always follows the same other.
+        shuffle(names)
+        for name in names:
             work = candidates[name]
             started = time.perf_counter()
             for _ in range(calls):
