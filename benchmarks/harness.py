@@ -36,9 +36,17 @@ class Timing:
 
 
 def interleave(
-    candidates: Mapping[str, Callable[[], Any]], rounds: int, title: str, calls: int = 1, warm_up: int = 1
+    candidates: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    title: str,
+    calls: int = 1,
+    warm_up: int = 1,
+    untimed: int = 0,
 ) -> dict[str, Timing]:
-    """Time the candidates in turn, `rounds` times `calls` after the warm-up; ratios are to the first candidate."""
+    """Time the candidates in turn, `rounds` times `calls` after the warm-up; ratios are to the first candidate.
+
+    See `batchlab.lab.timing.take_turns`.
+    """
     # Drawn between rounds only: a thread that draws would take its time from the candidates'.
     with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
         task = progress.add_task(title, total=rounds)
@@ -47,7 +55,7 @@ def interleave(
             progress.advance(task)
             progress.refresh()
 
-        times = take_turns(candidates, rounds, calls=calls, warm_up=warm_up, on_round=advance)
+        times = take_turns(candidates, rounds, calls=calls, warm_up=warm_up, untimed=untimed, on_round=advance)
     first = next(iter(times.values()))
     found = {}
     for name, values in times.items():

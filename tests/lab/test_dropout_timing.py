@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -141,9 +142,12 @@ def test_candidates_take_turns_and_each_follows_each_other_about_as_often() -> N
     assert all(sorted(order[at : at + 6]) == list("aabbcc") for at in range(0, 360, 6))
     turns = order[::2]
     assert order == "".join(2 * turn for turn in turns)  # two in a row
-    behind = Counter(map("".join, zip(turns, turns[1:], strict=False)))
+    behind = Counter(map("".join, pairwise(turns)))
     assert min(behind[first + second] for first in "abc" for second in "abc" if first != second) >= 15
     assert min(min(values) for values in times.values()) >= 0
+    calls.clear()
+    take_turns(work, 1, calls=2, warm_up=0, untimed=3)
+    assert sorted("".join(calls)) == list("aaaaabbbbbccccc")
     number, seconds = calls_for(work, 1e-3)
     assert number >= 1
     assert seconds > 0

@@ -50,6 +50,7 @@ def take_turns(
     *,
     calls: int = 1,
     warm_up: int = 1,
+    untimed: int = 0,
     on_round: Callable[[], Any] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of one call of each candidate, a list with one entry a round; in each round the order is drawn anew.
@@ -59,6 +60,8 @@ def take_turns(
         rounds: how many times each one has its turn.
         calls: in a row at each turn; the time is their mean. The clock's own cost disappears in enough of them.
         warm_up: calls of each before the first round.
+        untimed: calls at the beginning of each turn that do not count. 0: what is timed finds the caches as another
+            candidate left them; enough: as it leaves them itself, like a program that has no other.
         on_round: called after each round.
     """
     for work in candidates.values():
@@ -72,6 +75,8 @@ def take_turns(
         shuffle(names)
         for name in names:
             work = candidates[name]
+            for _ in range(untimed):
+                work()
             started = time.perf_counter()
             for _ in range(calls):
                 work()
