@@ -178,7 +178,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor gradient, Tensor x, O
       std::fill_n(of_bias, channels, A(0));
       return;
     }
-    const Layout layout = layout_of<A>(x);
+    Layout layout = layout_of<A>(x);
+    if (given.output || given.residual) layout.use_with_residual();
     Scratch<A> factors(2 * channels);
     with_problem<T>(x, given.gradient, given.output, given.residual, saved, activation, [&](auto problem) {
       problem.input_gradient = static_cast<T*>(input_gradient.mutable_data_ptr());
@@ -189,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor gradient, Tensor x, O
         problem.prepare(from, to, one, two, of_weight, of_bias);
       };
       if (!sums) {
-        problem.keeps = problem.pays_to_keep(layout);
+        problem.kept = problem.pays_to_keep(layout);
         return with_sums<T>(layout, problem, summed, true);
       }
       const double* all = static_cast<const double*>(sums->const_data_ptr());

@@ -31,14 +31,19 @@ struct Backward {
   ChannelNumbers<A> saved;
   ChannelNumbers<A> factors;  // b and c of InputGradient
   double count;               // of the values that the statistics are of; infinite if these were given
-  bool keeps = false;         // the gradient before the activation, where the input's gradient will be
+  T* kept = nullptr;          // where the gradient before the activation stays between the passes, if it does
 
-  // What an exponential is needed for is kept for the second pass, if the input's gradient can hold it without rounding
-  // and goes through the caches. In rows alone: there no vector is read again after it was written.
-  static constexpr bool can_keep = source == Source::input && std::is_same_v<Kind, Chosen> && std::is_same_v<T, A>;
-  bool pays_to_keep(const Layout& layout) const {
-    if constexpr (can_keep) return layout.rows && !beyond_cache<T>(layout) && before.kind.is_long();
-    return false;
+  // The first pass leaves the gradient before the activation for the second, where memory can hold it without rounding
+  // and it goes through the caches: where the residual's gradient will be, which it is, so that the second pass reads two
+  // tensors and not three; or, if it takes an exponential, where the input's gradient will be. That in rows alone: there
+  // no vector is read again after it was written.
+  static constexpr bool can_keep = std::is_same_v<T, A> && (source != Source::input || std::is_same_v<Kind, Chosen>);
+  T* pays_to_keep(const Layout& layout) const {
+    if (!can_keep || beyond_cache<T>(layout)) return nullptr;
+    if (residual_gradient) return residual_gradient;
+    if constexpr (source == Source::input && std::is_same_v<Kind, Chosen>)
+      if (layout.rows && before.kind.is_long()) return input_gradient;
+    return nullptr;
   }
 
   Affine<A> affine(int64_t c) const { return {all(saved[kMean][c]), all(saved[kScale][c]), all(saved[kShift][c])}; }
@@ -67,7 +72,7 @@ struct Backward {
   template <class Load>
   Lanes<A> again(Load&& load, const Affine<A>& a, Lanes<A> value) const {
     if constexpr (can_keep)
-      if (keeps) return load(input_gradient);
+      if (kept) return load(kept);
     return before(load, a, value);
   }
 
@@ -81,7 +86,7 @@ struct Backward {
   void write(int64_t offset, const Both& both) const {
     put<past>(input_gradient + offset, both.input);
     // Its memory begins at a multiple of a vector where that of the other gradient does: both come from `empty_as`.
-    if (residual_gradient) put<past>(residual_gradient + offset, both.residual);
+    if (residual_gradient && !kept) put<past>(residual_gradient + offset, both.residual);
   }
 
   void sum_tile(const Layout& layout, int64_t from, int64_t to, int64_t first, int64_t last, double* one,
@@ -91,8 +96,10 @@ struct Backward {
     const int64_t ahead = beyond_cache<T>(layout) ? Ahead(p, bytes(), from, to, first, last).next_sample : 0;
     const auto take = [here = *this](const Affine<A>& a, int64_t offset, auto&& f) {
       const auto load = [&](const T* of) { return Memory<T>::load(of + offset); };
-      const Lanes<A> value = load(here.before.x);
-      f(here.before(load, a, value), value - a.mean);
+      const Lanes<A> value = load(here.before.x), g = here.before(load, a, value);
+      if constexpr (can_keep)
+        if (here.kept) Memory<T>::store(here.kept + offset, g);
+      f(g, value - a.mean);
     };
     with_known(ahead != 0, [&](auto reads_ahead) {
       sum_planes<A>(
@@ -155,7 +162,7 @@ struct Backward {
         const auto load = [&](const T* of) { return Memory<T>::load(of + offset); };
         const Lanes<A> value = load(before.x), g = before(load, a[v], value);
         if constexpr (can_keep)
-          if (keeps) Memory<T>::store(input_gradient + offset, g);
+          if (kept) Memory<T>::store(kept + offset, g);
         s[v].products(g, value - a[v].mean);
       }
   }
@@ -168,7 +175,7 @@ struct Backward {
       const auto load = [&](const T* of) { return load_some(of + offset, count); };
       const Lanes<A> value = load(before.x), g = before(load, a, value);
       if constexpr (can_keep)
-        if (keeps) store_some(input_gradient + offset, g, count);
+        if (kept) store_some(kept + offset, g, count);
       s.products(g, value - a.mean);
     }
   }
@@ -217,7 +224,7 @@ struct Backward {
             const auto load = [&](const T* of) { return load_some(of + offset, count); };
             const Lanes<A> value = load(before.x), g = again(load, a, value);
             store_some(input_gradient + offset, f(a, g, value), count);
-            if (residual_gradient) store_some(residual_gradient + offset, g, count);
+            if (residual_gradient && !kept) store_some(residual_gradient + offset, g, count);
           }
         });
   }

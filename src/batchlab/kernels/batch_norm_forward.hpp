@@ -149,7 +149,8 @@ struct AffineColumns {
 template <class T, class A>
 void normalize(const Tensor& x, const std::optional<Tensor>& residual, Tensor& y, const Parameters<A>& parameters,
                const ChannelNumbers<A>& numbers, int64_t activation) {
-  const Layout layout = layout_of<A>(x);
+  Layout layout = layout_of<A>(x);
+  if (residual && activation != 0) layout.use_with_residual();
   const AffineColumns<A> columns(layout, numbers);
   with_apply<T>(x, residual, y, activation, [&](const auto& apply) {
     with_moments<T>(

@@ -28,6 +28,11 @@ struct Layout {
 
   int64_t channel(int64_t column) const { return part > 1 ? column / part : column % channels; }
   int64_t numbers() const { return count * channels; }
+
+  // With a residual behind an activation, forward and backward.
+  void use_with_residual() {
+    if (!rows) cache_bytes = pays_from().past_caches_with_residual_bytes;
+  }
 };
 
 // Strides of a dense tensor whose channels are innermost; else of a contiguous one. False: neither.
