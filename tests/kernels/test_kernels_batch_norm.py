@@ -24,11 +24,14 @@ SHAPES = [
     (300, 3),
     (130, 1),
     (257, 1040),
+    (131, 33),
+    (70, 250),
     (7, 33, 1),
     (4, 5, 3),
     (3, 5, 7, 7),
     (4, 130, 2, 2),
     (2, 20, 9, 9),
+    (5, 20, 14, 14),
     (2, 3, 70, 71),
     (3, 7, 4, 5, 6),
     (1, 2, 130, 130),
@@ -202,6 +205,33 @@ def test_results_too_large_for_the_cache_are_the_same(last: bool) -> None:
     for c, part in zip((0, 31), parts, strict=True):
         torch.testing.assert_close(whole[0][:, c : c + 1], part[0], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(whole[1][:, c : c + 1], part[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_residual_in_and_past_the_caches(last: bool) -> None:
+    kind = torch.channels_last if last else torch.contiguous_format
+    for side in (10, 56):  # 0.1 MB, 4 MB
+        x, residual = (torch.randn(8, 40, side, side).contiguous(memory_format=kind) for _ in range(2))
+        _check(x, residual, "relu")
+
+
+@pytest.mark.parametrize("shape", [(60, 100), (4, 9, 7, 7), (4, 6, 30, 30)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "sigmoid"])
+def test_a_residual_without_a_gradient_changes_no_bit_of_the_others(
+    shape: tuple[int, ...], dtype: torch.dtype, activation: str
+) -> None:
+    x, residual, gradient = (torch.randn(shape, dtype=dtype) for _ in range(3))
+    weight, bias = torch.randn(shape[1], dtype=dtype), torch.randn(shape[1], dtype=dtype)
+    found = []
+    for needed in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        added = residual.clone().requires_grad_(needed)
+        y = functional.batch_norm(
+            leaves[0], None, None, *leaves[1:], True, activation=activation, residual=added, backend="fused"
+        )
+        found.append(torch.autograd.grad(y, leaves, gradient))
+    assert all(torch.equal(without, wanted) for without, wanted in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
