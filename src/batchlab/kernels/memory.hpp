@@ -44,7 +44,7 @@ class BATCHLAB_OWN WaitingMemory {
   torch::stable::Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes,
                               torch::headeronly::IntHeaderOnlyArrayRef strides, int64_t bytes,
                               torch::headeronly::ScalarType type) {
-    const Piece piece = take(rounded(bytes));
+    const Piece piece = take(rounded(bytes), bytes);
     return torch::stable::from_blob(piece.data, sizes, strides,
                                     torch::stable::Device(torch::headeronly::DeviceType::CPU), type,
                                     [this, size = piece.bytes](void* freed) { give({freed, size}); });
@@ -110,7 +110,8 @@ class BATCHLAB_OWN WaitingMemory {
     return found;
   }
 
-  Piece take(int64_t bytes) {
+  // `used` of them at first.
+  Piece take(int64_t bytes, int64_t used) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       const auto found = find(bytes);
@@ -131,7 +132,8 @@ class BATCHLAB_OWN WaitingMemory {
       STD_TORCH_CHECK(false, "out of memory: ", bytes, " bytes for a result");
     }
 #if defined(__linux__)
-    if (bytes >= 2 * kHugePage) madvise(data, aligned(bytes), MADV_HUGEPAGE);  // a fault for 2 MiB, not for 4 KiB
+    // A fault for 2 MiB, not for 4 KiB; but no 2 MiB for the last few numbers.
+    if (bytes >= 2 * kHugePage) madvise(data, used / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
     return {data, bytes};
   }
