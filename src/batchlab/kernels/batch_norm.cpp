@@ -28,9 +28,31 @@ void check_layout(const Tensor& x) {
 
 bool is_wide(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
 
+int64_t bytes_of_mask(const Tensor& x) {
+  return is_wide(x) ? ReluMask<double>::size(layout_of<double>(x)) : ReluMask<float>::size(layout_of<float>(x));
+}
+
 template <class A>
 ChannelNumbers<A> numbers_in(Tensor& saved, int64_t channels) {
   return {static_cast<A*>(saved.mutable_data_ptr()), channels};
+}
+
+// Of a ReLU with a residual: what `empty_relu_mask` made for such an input, and `forward` filled in.
+void check_mask(const Tensor& x, const Optional& mask, int64_t activation) {
+  if (!mask) return;
+  STD_TORCH_CHECK(is_relu(activation), "batch_norm: relu_mask is a (leaky) ReLU's");
+  const int64_t bytes = bytes_of_mask(x);
+  STD_TORCH_CHECK(mask->dim() == 1 && mask->size(0) == bytes && mask->scalar_type() == ScalarType::Byte &&
+                      mask->stride(0) == 1 && mask->is_cpu(),
+                  "batch_norm: relu_mask must be ", bytes, " contiguous bytes in uint8 on the CPU for this input");
+}
+void check_mask(const Tensor& x, const Optional& mask, const Optional& residual, int64_t activation) {
+  check_mask(x, mask, activation);
+  STD_TORCH_CHECK(!mask || residual, "batch_norm: relu_mask is for what has a residual");
+}
+template <class A>
+ReluMask<A> mask_in(const Optional& mask) {
+  return {mask ? static_cast<uint8_t*>(const_cast<void*>(mask->const_data_ptr())) : nullptr};
 }
 
 void check_parameters(const Tensor& x, const Optional& weight, const Optional& bias) {
@@ -42,8 +64,9 @@ void check_parameters(const Tensor& x, const Optional& weight, const Optional& b
 // y and the numbers to save. Running statistics move by `momentum`, and the number of batches by one, if they are given.
 std::tuple<Tensor, Tensor> forward(Tensor x, Optional weight, Optional bias, Optional residual, Optional running_mean,
                                    Optional running_var, Optional batches, double momentum, double eps,
-                                   int64_t activation) {
+                                   int64_t activation, Optional mask) {
   check_parameters(x, weight, bias);
+  check_mask(x, mask, residual, activation);
   for (const auto* running : {&running_mean, &running_var})
     check_channels(x, *running, "a running statistic", *running && is_wide(**running));
   STD_TORCH_CHECK(!batches || (batches->numel() == 1 && batches->scalar_type() == ScalarType::Long),
@@ -60,7 +83,8 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Optional weight, Optional bias, Opt
       std::fill_n(numbers[0], kSaved * channels, A(0));
       return;
     }
-    normalize<T, A>(x, other, y, {data_or_null<A>(weight), data_or_null<A>(bias), eps}, numbers, activation);
+    normalize<T, A>(x, other, y, {data_or_null<A>(weight), data_or_null<A>(bias), eps}, numbers,
+                    mask_in<A>(mask), activation);
     if (count < 2) return;
     move<A>(running_mean, channels, momentum, numbers[kMean], 1.0, numbers[kRest]);
     move<A>(running_var, channels, momentum, numbers[kVariance], static_cast<double>(count) / (count - 1), nullptr);
@@ -71,8 +95,9 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Optional weight, Optional bias, Opt
 
 // With given mean and biased variance, in float32 or float64: y and the numbers to save.
 std::tuple<Tensor, Tensor> evaluate(Tensor x, Tensor mean, Tensor variance, Optional weight, Optional bias,
-                                    Optional residual, double eps, int64_t activation) {
+                                    Optional residual, double eps, int64_t activation, Optional mask) {
   check_parameters(x, weight, bias);
+  check_mask(x, mask, residual, activation);
   check_channels(x, mean, "mean", is_wide(mean));
   check_channels(x, variance, "variance", is_wide(variance));
   const Optional other = aligned(x, residual, "residual");
@@ -89,7 +114,7 @@ std::tuple<Tensor, Tensor> evaluate(Tensor x, Tensor mean, Tensor variance, Opti
     std::fill_n(given + channels, channels, 0.0);
     copy_numbers(variance, given + 2 * channels);
     parameters.prepare(numbers, 0, channels, given + 0, given + channels, given + 2 * channels);
-    if (x.numel() > 0) normalize_given<T, A>(x, other, y, numbers, activation);
+    if (x.numel() > 0) normalize_given<T, A>(x, other, y, numbers, mask_in<A>(mask), activation);
   });
   return {y, saved};
 }
@@ -121,12 +146,14 @@ Tensor moments(Tensor x) {
 // What the backward operations are given; alike in both.
 struct Given {
   Tensor gradient;
-  Optional output, residual;
+  Optional output, residual, mask;
   Given(const Tensor& x, const Tensor& gradient_, const Optional& output_, const Optional& residual_,
-        const Tensor& saved)
+        const Tensor& saved, const Optional& mask_, int64_t activation)
       : gradient(aligned(x, gradient_, "gradient")),
         output(aligned(x, output_, "output")),
-        residual(aligned(x, residual_, "residual")) {
+        residual(aligned(x, residual_, "residual")),
+        mask(mask_) {
+    check_mask(x, mask, activation);
     check_numbers(saved, kSaved, x.size(1), is_wide(x), "saved");
   }
 };
@@ -134,7 +161,7 @@ struct Given {
 // Σ g and Σ g (x - mean) of each channel, (2, channels) in float64; g: the gradient in front of the activation.
 Tensor gradient_sums(Tensor gradient, Tensor x, Optional output, Optional residual, Tensor saved, int64_t activation) {
   check_layout(x);
-  const Given given(x, gradient, output, residual, saved);
+  const Given given(x, gradient, output, residual, saved, std::nullopt, activation);
   const int64_t channels = x.size(1);
   Tensor result = vectors(2, channels, true);
   double* sums = static_cast<double*>(result.mutable_data_ptr());
@@ -143,7 +170,7 @@ Tensor gradient_sums(Tensor gradient, Tensor x, Optional output, Optional residu
   with_type(x, [&](auto type) {
     using T = decltype(type);
     const Layout layout = layout_of<typename Computed<T>::type>(x);
-    with_problem<T>(x, given.gradient, given.output, given.residual, saved, activation, [&](const auto& problem) {
+    with_problem<T>(x, given.gradient, given.output, given.residual, given.mask, saved, activation, [&](const auto& problem) {
       const auto summed = [&](int64_t from, int64_t to, const double* one, const double* two) {
         std::copy(one, one + (to - from), sums + from);
         std::copy(two, two + (to - from), sums + channels + from);
@@ -159,9 +186,9 @@ Tensor gradient_sums(Tensor gradient, Tensor x, Optional output, Optional residu
 // ranks, where there are several; those of weight and bias are then left to the caller.
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor gradient, Tensor x, Optional output, Optional residual,
                                                     Tensor saved, Optional sums, double count, int64_t activation,
-                                                    bool residual_needed) {
+                                                    bool residual_needed, Optional mask) {
   check_layout(x);
-  const Given given(x, gradient, output, residual, saved);
+  const Given given(x, gradient, output, residual, saved, mask, activation);
   const int64_t channels = x.size(1);
   if (sums) check_numbers(*sums, 2, channels, true, "sums");
   Tensor input_gradient = empty_as(x);
@@ -179,9 +206,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor gradient, Tensor x, O
       return;
     }
     Layout layout = layout_of<A>(x);
-    if (given.output || given.residual) layout.use_with_residual();
+    if (given.output || given.residual || given.mask) layout.use_with_residual();
     Scratch<A> factors(2 * channels);
-    with_problem<T>(x, given.gradient, given.output, given.residual, saved, activation, [&](auto problem) {
+    with_problem<T>(x, given.gradient, given.output, given.residual, given.mask, saved, activation, [&](auto problem) {
       problem.input_gradient = static_cast<T*>(input_gradient.mutable_data_ptr());
       problem.residual_gradient = own ? static_cast<T*>(residual_gradient.mutable_data_ptr()) : nullptr;
       problem.factors = {factors + 0, channels};
@@ -201,6 +228,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor gradient, Tensor x, O
   return {input_gradient, residual_gradient, weight_gradient, bias_gradient};
 }
 
+// A mask for `forward` to fill in.
+Tensor empty_relu_mask(Tensor x) {
+  check_layout(x);
+  return bytes(bytes_of_mask(x));
+}
+
+// 1 where the mask lets a gradient through and 0 elsewhere, like x.
+Tensor unpack_relu_mask(Tensor mask, Tensor x) {
+  check_layout(x);
+  check_mask(x, mask, static_cast<int64_t>(Activation::relu));
+  Tensor result = empty_as(x);
+  with_type(x, [&](auto type) {
+    using T = decltype(type);
+    unpack(layout_of<typename Computed<T>::type>(x), mask_in<typename Computed<T>::type>(mask),
+           static_cast<T*>(result.mutable_data_ptr()));
+  });
+  return result;
+}
+
 int64_t release_memory() { return WaitingMemory::instance().release(); }
 
 }  // namespace
@@ -208,18 +254,21 @@ int64_t release_memory() { return WaitingMemory::instance().release(); }
 STABLE_TORCH_LIBRARY(batchlab_batch_norm, m) {
   m.def(
       "forward_(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float momentum, float eps, int activation) -> "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float momentum, float eps, int activation, "
+      "Tensor(d!)? relu_mask=None) -> "
       "(Tensor, Tensor)");
   m.def(
       "evaluate(Tensor x, Tensor mean, Tensor variance, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
-      "int activation) -> (Tensor, Tensor)");
+      "int activation, Tensor(a!)? relu_mask=None) -> (Tensor, Tensor)");
   m.def("moments(Tensor x) -> Tensor");
   m.def(
       "gradient_sums(Tensor gradient, Tensor x, Tensor? output, Tensor? residual, Tensor saved, int activation) -> "
       "Tensor");
   m.def(
       "backward(Tensor gradient, Tensor x, Tensor? output, Tensor? residual, Tensor saved, Tensor? sums, float count, "
-      "int activation, bool residual_needed) -> (Tensor, Tensor, Tensor, Tensor)");
+      "int activation, bool residual_needed, Tensor? relu_mask=None) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("empty_relu_mask(Tensor x) -> Tensor");
+  m.def("unpack_relu_mask(Tensor relu_mask, Tensor x) -> Tensor");
   m.def("release_memory() -> int");
 }
 
@@ -229,6 +278,8 @@ STABLE_TORCH_LIBRARY_IMPL(batchlab_batch_norm, CPU, m) {
   m.impl("moments", TORCH_BOX(&moments));
   m.impl("gradient_sums", TORCH_BOX(&gradient_sums));
   m.impl("backward", TORCH_BOX(&backward));
+  m.impl("empty_relu_mask", TORCH_BOX(&empty_relu_mask));
+  m.impl("unpack_relu_mask", TORCH_BOX(&unpack_relu_mask));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(batchlab_batch_norm, CompositeExplicitAutograd, m) {

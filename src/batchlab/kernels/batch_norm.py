@@ -4,8 +4,8 @@ On the CPU in C++; the same operations on the GPU are `batch_norm_cuda`'s, in Tr
 
 Bytes, with s the size of the input: forward reads s, reads it again (from the cache, where a tile of channels fits),
 and writes s; backward reads the gradient and the input, both again, and writes s. The limit is 2 s forward and 3 s
-backward, two and a half copies. Saved are the input (and the output or the residual, where there is a residual and an
-activation) and six numbers a channel.
+backward, two and a half copies. Saved are the input and six numbers a channel; where there is a residual and an
+activation also a bit a number (a ReLU or a leaky one), the output (a sigmoid) or the residual (SiLU).
 """
 
 from __future__ import annotations
@@ -208,7 +208,8 @@ def backward(
     """Gradients of input, residual, weight and bias.
 
     With a residual behind an activation, what went into that is found from the `output` (a (leaky) ReLU, a sigmoid),
-    or from the `residual` (SiLU). The residual's gradient is empty where it is not needed, or is `gradient` itself:
+    or from the `residual` (SiLU). (Autograd's node on the CPU keeps a `relu_mask` instead of the output of a ReLU;
+    compilers see the output.) The residual's gradient is empty where it is not needed, or is `gradient` itself:
     without an activation.
 
     Args:

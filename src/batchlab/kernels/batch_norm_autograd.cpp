@@ -19,12 +19,15 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 using Forward = std::tuple<Tensor, Tensor>(const Tensor&, const Optional&, const Optional&, const Optional&,
-                                           const Optional&, const Optional&, const Optional&, double, double, int64_t);
+                                           const Optional&, const Optional&, const Optional&, double, double, int64_t,
+                                           const Optional&);
 using Evaluate = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Optional&,
-                                            const Optional&, const Optional&, double, int64_t);
+                                            const Optional&, const Optional&, double, int64_t, const Optional&);
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Optional&,
                                                             const Optional&, const Tensor&, const Optional&, double,
-                                                            int64_t, bool);
+                                                            int64_t, bool, const Optional&);
+using EmptyMask = Tensor(const Tensor&);
+using UnpackMask = Tensor(const Tensor&, const Tensor&);
 using Differentiable = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Optional&,
                                                                   const Optional&, const Optional&, const Optional&,
                                                                   const Optional&, double, int64_t);
@@ -44,21 +47,37 @@ const auto& evaluate_operation() {
 const auto& backward_operation() {
   return operation<Backward>([] { return "batchlab_batch_norm::backward"; });
 }
+const auto& empty_mask_operation() {
+  return operation<EmptyMask>([] { return "batchlab_batch_norm::empty_relu_mask"; });
+}
+const auto& unpack_mask_operation() {
+  return operation<UnpackMask>([] { return "batchlab_batch_norm::unpack_relu_mask"; });
+}
 const auto& differentiable_operation() {
   return operation<Differentiable>([] { return "batchlab_batch_norm::differentiable_backward"; });
 }
 
+constexpr int64_t kRelu = 1, kLeakyRelu = 2;
 constexpr int64_t kSilu = 3;  // the activation whose derivative the output does not tell
 
 Optional given(const Tensor& tensor) { return tensor.defined() ? Optional(tensor) : std::nullopt; }
 
+// A bit a number instead of the output, where a ReLU has a residual. Compilers see the output: it is saved by what comes
+// behind as well, for all that they know, and has a size that they understand.
+Optional mask_for(const Tensor& x, const Optional& residual, int64_t activation) {
+  const bool pays = residual && (activation == kRelu || activation == kLeakyRelu) && x.is_cpu() &&
+                    !x.key_set().has(c10::DispatchKey::Python);
+  return pays ? Optional(empty_mask_operation().call(x)) : std::nullopt;
+}
+
 // What the backward pass reads: `statistics` are the mean and variance that were given, in evaluation.
 void save(AutogradContext* ctx, const Tensor& x, const Optional& weight, const Optional& bias, const Optional& residual,
-          const Tensor& y, const Tensor& saved, const Tensor& statistics, double eps, int64_t activation) {
+          const Tensor& y, const Tensor& saved, const Tensor& statistics, const Optional& mask, double eps,
+          int64_t activation) {
   const bool behind = residual && activation != 0;
-  const bool by_output = behind && activation != kSilu;
+  const bool by_output = behind && !mask && activation != kSilu;
   ctx->save_for_backward({x, weight.value_or(Tensor()), bias.value_or(Tensor()), saved, by_output ? y : Tensor(),
-                          behind && !by_output ? *residual : Tensor(), statistics});
+                          behind && activation == kSilu ? *residual : Tensor(), statistics, mask.value_or(Tensor())});
   ctx->saved_data["eps"] = eps;
   ctx->saved_data["activation"] = activation;
   ctx->saved_data["residual"] = residual.has_value();
@@ -78,14 +97,15 @@ variable_list gradients(AutogradContext* ctx, const variable_list& behind) {
   for (int i = 0, edge = 0; i < 4; ++i) needed[i] = present[i] && ctx->needs_input_grad(edge++);
   Tensor found[4];
   if (at::GradMode::is_enabled()) {  // create_graph=True
+    // As good as the output, of which only the sign counts.
+    const Optional output = saved[7].defined() ? Optional(unpack_mask_operation().call(saved[7], saved[0].detach())) : given(saved[4]);
     std::tie(found[0], found[1], found[2], found[3]) =
-        differentiable_operation().call(gradient, saved[0], given(saved[1]), given(saved[2]), given(saved[4]), given(saved[5]),
-                            given(saved[6]), ctx->saved_data["eps"].toDouble(), activation);
+        differentiable_operation().call(gradient, saved[0], given(saved[1]), given(saved[2]), output, given(saved[5]), given(saved[6]), ctx->saved_data["eps"].toDouble(), activation);
   } else {
     const double count = saved[6].defined() ? std::numeric_limits<double>::infinity() : 0;
     std::tie(found[0], found[3], found[1], found[2]) =
         backward_operation().call(gradient, saved[0], given(saved[4]), given(saved[5]), saved[3], std::nullopt, count, activation,
-                      needed[3]);
+                      needed[3], given(saved[7]));
     if (activation == 0) found[3] = gradient;
   }
   variable_list result(4);
@@ -99,9 +119,10 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
                                const Optional& residual, const Optional& running_mean, const Optional& running_var,
                                const Optional& batches, double momentum, double eps, int64_t activation) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, saved] =
-        forward_operation().call(x, weight, bias, residual, running_mean, running_var, batches, momentum, eps, activation);
-    save(ctx, x, weight, bias, residual, y, saved, Tensor(), eps, activation);
+    const Optional mask = mask_for(x, residual, activation);
+    auto [y, saved] = forward_operation().call(x, weight, bias, residual, running_mean, running_var, batches, momentum, eps,
+                                               activation, mask);
+    save(ctx, x, weight, bias, residual, y, saved, Tensor(), mask, eps, activation);
     return {y, saved};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& behind) {
@@ -116,9 +137,10 @@ struct Evaluation : torch::autograd::Function<Evaluation> {
                                const Optional& residual, const Tensor& mean, const Tensor& variance, double eps,
                                int64_t activation) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, saved] = evaluate_operation().call(x, mean, variance, weight, bias, residual, eps, activation);
+    const Optional mask = mask_for(x, residual, activation);
+    auto [y, saved] = evaluate_operation().call(x, mean, variance, weight, bias, residual, eps, activation, mask);
     // Copies: training may move the originals before this gradient is asked for, as it may in `saved`.
-    save(ctx, x, weight, bias, residual, y, saved, at::stack({mean, variance}), eps, activation);
+    save(ctx, x, weight, bias, residual, y, saved, at::stack({mean, variance}), mask, eps, activation);
     return {y, saved};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& behind) {
@@ -130,24 +152,30 @@ struct Evaluation : torch::autograd::Function<Evaluation> {
 
 std::tuple<Tensor, Tensor> forward_(const Tensor& x, const Optional& weight, const Optional& bias,
                                     const Optional& residual, const Optional& running_mean, const Optional& running_var,
-                                    const Optional& batches, double momentum, double eps, int64_t activation) {
+                                    const Optional& batches, double momentum, double eps, int64_t activation,
+                                    const Optional& mask) {
+  const bool recorded = torch::autograd::compute_requires_grad(x, weight, bias, residual);
+  TORCH_CHECK(!mask || !recorded, "batch_norm: what records a gradient makes its own relu_mask");
   // Who saved them for a gradient has to notice that they move.
   for (const auto* moved : {&running_mean, &running_var, &batches})
     if (*moved) torch::autograd::increment_version(**moved);
-  if (!torch::autograd::compute_requires_grad(x, weight, bias, residual)) {
+  if (!recorded) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return forward_operation().call(x, weight, bias, residual, running_mean, running_var, batches, momentum, eps,
-                                    activation);
+                                    activation, mask);
   }
   auto found = BatchNorm::apply(x, weight, bias, residual, running_mean, running_var, batches, momentum, eps, activation);
   return {found[0], found[1]};
 }
 
 std::tuple<Tensor, Tensor> evaluate(const Tensor& x, const Tensor& mean, const Tensor& variance, const Optional& weight,
-                                    const Optional& bias, const Optional& residual, double eps, int64_t activation) {
-  if (!torch::autograd::compute_requires_grad(x, weight, bias, residual)) {
+                                    const Optional& bias, const Optional& residual, double eps, int64_t activation,
+                                    const Optional& mask) {
+  const bool recorded = torch::autograd::compute_requires_grad(x, weight, bias, residual);
+  TORCH_CHECK(!mask || !recorded, "batch_norm: what records a gradient makes its own relu_mask");
+  if (!recorded) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return evaluate_operation().call(x, mean, variance, weight, bias, residual, eps, activation);
+    return evaluate_operation().call(x, mean, variance, weight, bias, residual, eps, activation, mask);
   }
   auto found = Evaluation::apply(x, weight, bias, residual, mean, variance, eps, activation);
   return {found[0], found[1]};

@@ -11,14 +11,27 @@ struct Gradient {
   const T* gradient;
   const T* x;
   const T* other;  // the output or the residual, where the source needs it
+  ReluMask<A> mask;
 
+  // `passes`: the bits of the mask.
   template <class Load>
-  Lanes<A> operator()(Load&& load, const Affine<A>& affine, Lanes<A> value) const {
+  Lanes<A> operator()(Load&& load, const Affine<A>& affine, Lanes<A> value, uint32_t passes) const {
     const Lanes<A> g = load(gradient);
+    if constexpr (source == Source::mask) return kind.before_mask(g, passes);
     if constexpr (source == Source::output) return kind.before_output(g, load(other));
     Lanes<A> pre = affine(value);
     if constexpr (source == Source::input_and_residual) pre += load(other);
     return kind.before(g, pre);
+  }
+
+  // The bits of the vector at a place of the mask, or at one that is a multiple of its width.
+  uint32_t passes(int64_t place) const { return source == Source::mask ? mask.read(place) : 0; }
+  template <int vectors = 1>
+  auto passes_whole(int64_t place) const {
+    if constexpr (source == Source::mask)
+      return mask.template read_whole<vectors>(place);
+    else
+      return typename ReluMask<A>::template Words<vectors>{};
   }
 };
 
@@ -57,7 +70,7 @@ struct Backward {
   void each_input(F&& f) const {
     f(before.x);
     f(before.gradient);
-    if (source != Source::input) f(before.other);
+    if (source == Source::output || source == Source::input_and_residual) f(before.other);
   }
 
   // Gradients of the input and of the residual.
@@ -70,15 +83,15 @@ struct Backward {
 
   // The gradient before the activation in the second pass.
   template <class Load>
-  Lanes<A> again(Load&& load, const Affine<A>& a, Lanes<A> value) const {
+  Lanes<A> again(Load&& load, const Affine<A>& a, Lanes<A> value, uint32_t passes) const {
     if constexpr (can_keep)
       if (kept) return load(kept);
-    return before(load, a, value);
+    return before(load, a, value, passes);
   }
 
-  Both vector(const Affine<A>& a, const InputGradient<A>& change, int64_t offset) const {
+  Both vector(const Affine<A>& a, const InputGradient<A>& change, int64_t offset, uint32_t passes) const {
     const auto load = [&](const T* of) { return Memory<T>::load(of + offset); };
-    const Lanes<A> value = load(before.x), g = again(load, a, value);
+    const Lanes<A> value = load(before.x), g = again(load, a, value, passes);
     return {change(a, g, value), g};
   }
 
@@ -96,7 +109,7 @@ struct Backward {
     const int64_t ahead = beyond_cache<T>(layout) ? Ahead(p, bytes(), from, to, first, last).next_sample : 0;
     const auto take = [here = *this](const Affine<A>& a, int64_t offset, auto&& f) {
       const auto load = [&](const T* of) { return Memory<T>::load(of + offset); };
-      const Lanes<A> value = load(here.before.x), g = here.before(load, a, value);
+      const Lanes<A> value = load(here.before.x), g = here.before(load, a, value, here.before.passes(offset));
       if constexpr (can_keep)
         if (here.kept) Memory<T>::store(here.kept + offset, g);
       f(g, value - a.mean);
@@ -128,7 +141,7 @@ struct Backward {
           },
           [here = *this, ahead, reads_ahead](const auto& of, int64_t offset) {
             if (reads_ahead.value) here.each_input([&](const T* input) { begin_to_read(input + offset + ahead); });
-            return here.vector(of.first, of.second, offset);
+            return here.vector(of.first, of.second, offset, here.before.passes(offset));
           },
           [here = *this](int64_t offset, const Both& both, auto past) {
             here.template write<past.value>(offset, both);
@@ -154,17 +167,22 @@ struct Backward {
     Affine<A> a[vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) a[v] = columns.affine(q + v * kWidth<A>);
-    for (int64_t at = section.origin + row * section.rows.columns + q; row < last; ++row, at += section.rows.columns)
+    const int64_t padded_step = Section::padded<A>(section.rows.columns);
+    int64_t place = section.place<A>(row, q);
+    for (int64_t at = section.origin + row * section.rows.columns + q; row < last;
+         ++row, at += section.rows.columns, place += padded_step) {
+      const auto passes = before.template passes_whole<vectors>(place);
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) {
         const int64_t offset = at + v * kWidth<A>;
         if (reads_ahead) each_input([&](const T* of) { begin_to_read(of + offset + kAhead<T>); });
         const auto load = [&](const T* of) { return Memory<T>::load(of + offset); };
-        const Lanes<A> value = load(before.x), g = before(load, a[v], value);
+        const Lanes<A> value = load(before.x), g = before(load, a[v], value, passes[v]);
         if constexpr (can_keep)
           if (kept) Memory<T>::store(kept + offset, g);
         s[v].products(g, value - a[v].mean);
       }
+    }
   }
 
   void add_some(Sums<A>& s, const Columns& columns, const Section& section, int64_t row, int64_t last, int64_t q,
@@ -173,7 +191,7 @@ struct Backward {
     for (; row < last; ++row) {
       const int64_t offset = section.origin + row * section.rows.columns + q;
       const auto load = [&](const T* of) { return load_some(of + offset, count); };
-      const Lanes<A> value = load(before.x), g = before(load, a, value);
+      const Lanes<A> value = load(before.x), g = before(load, a, value, before.passes_whole(section.place<A>(row, q))[0]);
       if constexpr (can_keep)
         if (kept) store_some(kept + offset, g, count);
       s.products(g, value - a.mean);
@@ -208,13 +226,17 @@ struct Backward {
             a[v] = columns.affine(q + v * kWidth<A>);
             f[v] = columns.change(q + v * kWidth<A>);
           }
-          for (int64_t at = s.origin + row * step + q; row < last; ++row, at += step)
+          const int64_t padded_step = Section::padded<A>(step);
+          int64_t place = s.place<A>(row, q);
+          for (int64_t at = s.origin + row * step + q; row < last; ++row, at += step, place += padded_step) {
+            const auto passes = here.before.template passes_whole<vectors.value>(place);
 #pragma GCC unroll 8
             for (int v = 0; v < vectors.value; ++v) {
               const int64_t offset = at + v * kWidth<A>;
               if (reads_ahead.value) here.each_input([&](const T* of) { begin_to_read(of + offset - kAhead<T>); });
-              here.template write<past.value>(offset, here.vector(a[v], f[v], offset));
+              here.template write<past.value>(offset, here.vector(a[v], f[v], offset, passes[v]));
             }
+          }
         },
         [&](const Section& s, int64_t row, int64_t last, int64_t q, int64_t count) {
           const Affine<A> a = columns.affine(q);
@@ -222,7 +244,7 @@ struct Backward {
           for (; row < last; ++row) {
             const int64_t offset = s.origin + row * width + q;
             const auto load = [&](const T* of) { return load_some(of + offset, count); };
-            const Lanes<A> value = load(before.x), g = again(load, a, value);
+            const Lanes<A> value = load(before.x), g = again(load, a, value, before.passes_whole(s.place<A>(row, q))[0]);
             store_some(input_gradient + offset, f(a, g, value), count);
             if (residual_gradient && !kept) store_some(residual_gradient + offset, g, count);
           }
@@ -321,10 +343,11 @@ void without_sums(const Layout& layout, const Problem& problem) {
 }
 
 // f(the problem) with everything that is known of it compiled in. The gradient in front of the activation is found from
-// the output, from the input, or, with a residual that the output does not tell of, from both.
+// a mask, from the output, from the input, or, with a residual that the output does not tell of, from both.
 template <class T, class F>
 void with_problem(const Tensor& x, const Tensor& gradient, const std::optional<Tensor>& output,
-                  const std::optional<Tensor>& residual, const Tensor& saved, int64_t activation, F&& f) {
+                  const std::optional<Tensor>& residual, const std::optional<Tensor>& mask, const Tensor& saved,
+                  int64_t activation, F&& f) {
   using A = typename Computed<T>::type;
   const T* from = static_cast<const T*>(x.const_data_ptr());
   const T* behind = static_cast<const T*>(gradient.const_data_ptr());
@@ -333,8 +356,11 @@ void with_problem(const Tensor& x, const Tensor& gradient, const std::optional<T
     using Kind = decltype(kind);
     const auto go = [&](auto source, const T* other) {
       constexpr Source s = decltype(source)::value;
-      f(Backward<T, Kind, s>{{kind, behind, from, other}, nullptr, nullptr, numbers, {nullptr, x.size(1)}, 0});
+      const ReluMask<A> bits{const_cast<uint8_t*>(data_or_null<uint8_t>(mask))};
+      f(Backward<T, Kind, s>{{kind, behind, from, other, bits}, nullptr, nullptr, numbers, {nullptr, x.size(1)}, 0});
     };
+    if constexpr (!std::is_same_v<Kind, Nothing>)
+      if (mask) return go(std::integral_constant<Source, Source::mask>{}, nullptr);
     if constexpr (!std::is_same_v<Kind, Nothing>)
       if (output) return go(std::integral_constant<Source, Source::output>{}, data_or_null<T>(output));
     if constexpr (std::is_same_v<Kind, Chosen>)

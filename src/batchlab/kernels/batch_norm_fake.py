@@ -33,10 +33,14 @@ def _gradient_sums(_gradient: Tensor, x: Tensor, *_: object) -> Tensor:
 
 
 def _gradients(_gradient: Tensor, x: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    activation, residual_needed = others[-2:]
+    activation, residual_needed = others[5:7]  # a mask may follow
     own = residual_needed and activation != 0
     of_residual = _alike(x) if own else _of_channels(x).new_empty(0)
     return _alike(x), of_residual, _of_channels(x), _of_channels(x)
+
+
+def _like_the_input(_mask: Tensor, x: Tensor) -> Tensor:
+    return _alike(x)
 
 
 def describe_results() -> None:
@@ -47,6 +51,7 @@ def describe_results() -> None:
         "moments": _moments,
         "gradient_sums": _gradient_sums,
         "backward": _gradients,
+        "unpack_relu_mask": _like_the_input,
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"batchlab_batch_norm::{name}", fake)

@@ -1,6 +1,7 @@
 // Forward: what moments make of a channel, and the output.
 #pragma once
 #include "batch_norm_moments.hpp"
+#include "batch_norm_relu_mask.hpp"
 
 namespace batchlab {
 
@@ -43,23 +44,27 @@ struct Parameters {
   }
 };
 
-template <class T, class Kind, bool has_residual>
+template <class T, class Kind, bool has_residual, bool keeps_mask = false>
 struct Apply {
   using A = typename Computed<T>::type;
   Kind kind;
   const T* x;
   const T* residual;
   T* y;
+  ReluMask<A> mask;
 
-  Lanes<A> vector(const Affine<A>& affine, int64_t offset) const {
+  Lanes<A> before(const Affine<A>& affine, int64_t offset) const {
     Lanes<A> pre = affine(Memory<T>::load(x + offset));
     if constexpr (has_residual) pre += Memory<T>::load(residual + offset);
-    return kind.value(pre);
+    return pre;
   }
-  void some(const Affine<A>& affine, int64_t offset, int64_t count) const {
+  Lanes<A> vector(const Affine<A>& affine, int64_t offset) const { return kind.value(before(affine, offset)); }
+  void some(const Affine<A>& affine, int64_t offset, int64_t place, int64_t count) const {
     Lanes<A> pre = affine(load_some(x + offset, count));
     if constexpr (has_residual) pre += load_some(residual + offset, count);
-    store_some(y + offset, kind.value(pre), count);
+    const Lanes<A> value = kind.value(pre);
+    store_some(y + offset, value, count);
+    if constexpr (keeps_mask) mask.write_whole(place, kind.passes(value));
   }
 
   void tile(const Layout& layout, const ChannelNumbers<A>& numbers, int64_t from, int64_t to, int64_t first,
@@ -78,7 +83,16 @@ struct Apply {
             if (reads_ahead.value && has_residual) begin_to_read(here.residual + offset + once);
             return here.vector(affine, offset);
           },
-          [y = y](int64_t offset, Lanes<A> value, auto far) { put<far.value>(y + offset, value); });
+          [kind = kind, y = y, mask = mask](int64_t offset, Lanes<A> value, auto far) {
+            put<far.value>(y + offset, value);
+            if constexpr (keeps_mask) {
+              const uint32_t bits = kind.passes(value);
+              if (offset % kWidth<A> == 0)
+                mask.write_whole(offset, bits);
+              else
+                mask.write_among_others(offset, bits);
+            }
+          });
     });
   }
 
@@ -97,33 +111,49 @@ struct Apply {
           Affine<A> a[vectors.value];
 #pragma GCC unroll 8
           for (int v = 0; v < vectors.value; ++v) a[v] = affine(q + v * kWidth<A>);
-          for (int64_t at = s.origin + row * step + q; row < last; ++row, at += step)
+          const int64_t padded_step = Section::padded<A>(step);
+          int64_t place = s.place<A>(row, q);
+          for (int64_t at = s.origin + row * step + q; row < last; ++row, at += step, place += padded_step) {
+            typename ReluMask<A>::template Words<vectors.value> passes;
 #pragma GCC unroll 8
             for (int v = 0; v < vectors.value; ++v) {
               const int64_t offset = at + v * kWidth<A>;
               if (reads_ahead.value) begin_to_read(here.x + offset - kAhead<T>);
               if (reads_ahead.value && has_residual) begin_to_read(here.residual + offset - kAhead<T>);
-              put<past.value>(here.y + offset, here.vector(a[v], offset));
+              if constexpr (keeps_mask) {
+                const Lanes<A> pre = here.before(a[v], offset);
+                const uint32_t bits = here.kind.passes(pre);
+                put<past.value>(here.y + offset, here.kind.before_mask(pre, bits));  // its value: a ReLU multiplies
+                passes.set(v, bits);
+              } else {
+                put<past.value>(here.y + offset, here.vector(a[v], offset));
+              }
             }
+            if constexpr (keeps_mask) here.mask.write_whole(place, passes);
+          }
         },
         [&](const Section& s, int64_t row, int64_t last, int64_t q, int64_t count) {
           const Affine<A> a = affine(q);
-          for (; row < last; ++row) some(a, s.origin + row * width + q, count);
+          for (; row < last; ++row) some(a, s.origin + row * width + q, s.place<A>(row, q), count);
         });
   }
 };
 
 // f(what applies the given activation) with everything that is known of it compiled in.
 template <class T, class F>
-void with_apply(const Tensor& x, const std::optional<Tensor>& residual, Tensor& y, int64_t activation, F&& f) {
+void with_apply(const Tensor& x, const std::optional<Tensor>& residual, Tensor& y,
+                ReluMask<typename Computed<T>::type> mask, int64_t activation, F&& f) {
   const T* from = static_cast<const T*>(x.const_data_ptr());
   const T* of_residual = data_or_null<T>(residual);
   T* to = static_cast<T*>(y.mutable_data_ptr());
   with_activation<T>(activation, [&](auto kind) {
+    using Kind = decltype(kind);
+    if constexpr (!std::is_same_v<Kind, Nothing>)
+      if (mask.bytes) return f(Apply<T, Kind, true, true>{kind, from, of_residual, to, mask});
     if (residual)
-      f(Apply<T, decltype(kind), true>{kind, from, of_residual, to});
+      f(Apply<T, Kind, true>{kind, from, of_residual, to, {}});
     else
-      f(Apply<T, decltype(kind), false>{kind, from, nullptr, to});
+      f(Apply<T, Kind, false>{kind, from, nullptr, to, {}});
   });
 }
 
@@ -145,14 +175,14 @@ struct AffineColumns {
   }
 };
 
-// y with the batch's own statistics; its numbers are filled in.
+// y with the batch's own statistics; its numbers, and the mask if there is one, are filled in.
 template <class T, class A>
 void normalize(const Tensor& x, const std::optional<Tensor>& residual, Tensor& y, const Parameters<A>& parameters,
-               const ChannelNumbers<A>& numbers, int64_t activation) {
+               const ChannelNumbers<A>& numbers, ReluMask<A> mask, int64_t activation) {
   Layout layout = layout_of<A>(x);
   if (residual && activation != 0) layout.use_with_residual();
   const AffineColumns<A> columns(layout, numbers);
-  with_apply<T>(x, residual, y, activation, [&](const auto& apply) {
+  with_apply<T>(x, residual, y, mask, activation, [&](const auto& apply) {
     with_moments<T>(
         apply.x, layout, parameters.eps,
         [&](int64_t from, int64_t to, const double* mean, const double* rest, const double* variance) {
@@ -166,15 +196,15 @@ void normalize(const Tensor& x, const std::optional<Tensor>& residual, Tensor& y
   });
 }
 
-// y with the numbers that are there.
+// y with the numbers that are there, and the mask if there is one.
 template <class T, class A>
 void normalize_given(const Tensor& x, const std::optional<Tensor>& residual, Tensor& y,
-                     const ChannelNumbers<A>& numbers, int64_t activation) {
+                     const ChannelNumbers<A>& numbers, ReluMask<A> mask, int64_t activation) {
   Layout layout = layout_of<A>(x);
   layout.cache_bytes = kEvaluationCacheBytes;
   const AffineColumns<A> columns(layout, numbers);
   if (layout.rows) columns.fill(0, layout.channels);
-  with_apply<T>(x, residual, y, activation, [&](const auto& apply) {
+  with_apply<T>(x, residual, y, mask, activation, [&](const auto& apply) {
     everywhere(
         layout, sizeof(T),
         [&](int64_t a, int64_t b, int64_t first, int64_t last) { apply.tile(layout, numbers, a, b, first, last); },

@@ -7,6 +7,7 @@
 namespace batchlab {
 
 enum class Activation : int64_t { none, relu, leaky_relu, silu, sigmoid };
+inline bool is_relu(int64_t activation) { return activation == 1 || activation == 2; }  // or a leaky one
 template <class V>
 constexpr auto slope = static_cast<std::decay_t<decltype(V{}[0])>>(0.01);  // of leaky_relu, as in torch.nn.functional
 
@@ -43,6 +44,15 @@ struct Relu {
   template <class V>
   V before_output(V gradient, V y) const {
     return before(gradient, y);
+  }
+  // Where it lets the gradient through, a bit a lane, and the gradient before it by that.
+  template <class V>
+  uint32_t passes(V y) const {
+    return bits_above_zero<true>(y);
+  }
+  template <class V>
+  V before_mask(V gradient, uint32_t passes) const {
+    return choose(passes, gradient, V{});
   }
 };
 
@@ -89,10 +99,19 @@ struct Chosen {
   V before_output(V gradient, V y) const {
     return which == Activation::sigmoid ? gradient * (y * (1 - y)) : before(gradient, y);
   }
+  // Of a (leaky) ReLU.
+  template <class V>
+  uint32_t passes(V y) const {
+    return which == Activation::relu ? Relu().passes(y) : bits_above_zero<false>(y);
+  }
+  template <class V>
+  V before_mask(V gradient, uint32_t passes) const {
+    return which == Activation::relu ? Relu().before_mask(gradient, passes) : choose(passes, gradient, gradient * slope<V>);
+  }
 };
 
 // What the gradient before the activation is found from.
-enum class Source { input, output, input_and_residual };
+enum class Source { input, output, mask, input_and_residual };
 
 // Forward: y = act((x - mean) scale + shift + residual).
 template <class A>

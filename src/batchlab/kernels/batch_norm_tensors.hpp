@@ -47,6 +47,14 @@ inline Tensor empty(int64_t dimensions, const int64_t* sizes, bool wide) {
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
+inline Tensor bytes(int64_t count) {
+  const int64_t stride = 1;
+  if (count >= kWorthWaiting) return WaitingMemory::instance().empty({&count, 1}, {&stride, 1}, count, ScalarType::Byte);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &count, &stride, static_cast<int32_t>(ScalarType::Byte),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
 inline Tensor vector(int64_t channels, bool wide) { return empty(1, &channels, wide); }
 inline Tensor vectors(int64_t count, int64_t channels, bool wide) {
   const int64_t sizes[2] = {count, channels};

@@ -30,10 +30,23 @@ struct Totals {
 struct Section {
   Rows rows;
   int64_t origin;  // where it begins
+  Rows before;     // the rows that end there
+
+  // Where a number would be if all rows were as long as whole vectors: what `ReluMask` has for it.
+  template <class A>
+  static int64_t padded(int64_t columns) {
+    return (columns + kWidth<A> - 1) / kWidth<A> * kWidth<A>;
+  }
+  template <class A>
+  int64_t place(int64_t row, int64_t column) const {
+    return before.rows * padded<A>(before.columns) + row * padded<A>(rows.columns) + column;
+  }
 };
 
-inline Section main_rows(const Layout& layout) { return {layout.main, 0}; }
-inline Section other_rows(const Layout& layout) { return {layout.rest, layout.main.rows * layout.main.columns}; }
+inline Section main_rows(const Layout& layout) { return {layout.main, 0, {0, 0}}; }
+inline Section other_rows(const Layout& layout) {
+  return {layout.rest, layout.main.rows * layout.main.columns, layout.main};
+}
 
 // Sums of blocks of one section into `totals`: each chunk of rows on its own, in an order that does not depend on the
 // number of threads.

@@ -75,6 +75,66 @@ inline typename Vector<A>::integers numbered(std::index_sequence<lane...>) {
   return typename Vector<A>::integers{static_cast<int>(lane)...};
 }
 
+// A bit for each lane of a comparison's result, which is -1 or 0.
+template <class Integers>
+inline uint32_t bits_of_lanes(Integers lanes) {
+#if defined(__AVX__) && !defined(__AVX512F__)
+  if constexpr (sizeof(lanes[0]) == 4) return static_cast<uint32_t>(_mm256_movemask_ps((__m256)lanes));
+  return static_cast<uint32_t>(_mm256_movemask_pd((__m256d)lanes));
+#elif defined(__SSE2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(lanes[0]) == 4) return static_cast<uint32_t>(_mm_movemask_ps((__m128)lanes));
+  return static_cast<uint32_t>(_mm_movemask_pd((__m128d)lanes));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < static_cast<int>(sizeof(lanes) / sizeof(lanes[0])); ++i)
+    bits |= static_cast<uint32_t>(lanes[i] & 1) << i;
+  return bits;
+#endif
+}
+
+// A bit for each lane above zero, and with `or_nan` also for NaN.
+template <bool or_nan>
+inline uint32_t bits_above_zero(Lanes<float> x) {
+  const Lanes<float> zero = {};
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x, (__m512)zero, or_nan ? _CMP_NLE_UQ : _CMP_GT_OQ);
+#else
+  return bits_of_lanes(or_nan ? ~(x <= zero) : x > zero);
+#endif
+}
+template <bool or_nan>
+inline uint32_t bits_above_zero(Lanes<double> x) {
+  const Lanes<double> zero = {};
+#if defined(__AVX512F__)
+  return _mm512_cmp_pd_mask((__m512d)x, (__m512d)zero, or_nan ? _CMP_NLE_UQ : _CMP_GT_OQ);
+#else
+  return bits_of_lanes(or_nan ? ~(x <= zero) : x > zero);
+#endif
+}
+
+template <class A, size_t... lane>
+inline typename Vector<A>::integers bit_of_each(std::index_sequence<lane...>) {
+  return typename Vector<A>::integers{(1 << lane)...};
+}
+
+// Lanes of `one` where their bit is set, of `other` elsewhere.
+inline Lanes<float> choose(uint32_t bits, Lanes<float> one, Lanes<float> other) {
+#if defined(__AVX512F__)
+  return (Lanes<float>)_mm512_mask_blend_ps(static_cast<__mmask16>(bits), (__m512)other, (__m512)one);
+#else
+  const auto each = bit_of_each<float>(std::make_index_sequence<kWidth<float>>());
+  return (each & static_cast<int32_t>(bits)) != 0 ? one : other;
+#endif
+}
+inline Lanes<double> choose(uint32_t bits, Lanes<double> one, Lanes<double> other) {
+#if defined(__AVX512F__)
+  return (Lanes<double>)_mm512_mask_blend_pd(static_cast<__mmask8>(bits), (__m512d)other, (__m512d)one);
+#else
+  const auto each = bit_of_each<double>(std::make_index_sequence<kWidth<double>>());
+  return (each & static_cast<int32_t>(bits)) != 0 ? one : other;
+#endif
+}
+
 // Lanes from `first` on keep their value, those before become 0 (an and, so that inf and NaN go too).
 template <class A>
 inline Lanes<A> from_lane(Lanes<A> lanes, int first) {
