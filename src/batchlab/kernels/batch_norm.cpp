@@ -2,7 +2,8 @@
 //
 // Statistics are sums around a pivot near the mean, float in lanes over few numbers and double beyond, so that a mean
 // of 10^4 standard deviations costs no digits. Saved for the backward pass are the input and six numbers a channel: what
-// went into the activation is computed again, in the pass that reads the input anyway.
+// went into the activation is computed again, in the pass that reads the input anyway. Behind a residual that would take
+// a second tensor: of a ReLU a bit a number is kept instead (batch_norm_relu_mask.hpp).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
