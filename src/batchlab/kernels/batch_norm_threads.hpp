@@ -162,18 +162,21 @@ void in_rows(const Layout& layout, int64_t bytes, SumBlock sum_block, SettleChan
 }
 
 // How planes are cut into pieces of work: tiles of channels, and samples too where there are fewer tiles than threads.
+// Tiles are as good as equal, and as many for each thread: the last to finish is waited for.
 struct Cut {
-  int64_t tile, tiles, chunks;
-  Cut(const Layout& layout, int64_t bytes, bool far) {
+  int64_t channels, tiles, chunks = 1;
+  Cut(const Layout& layout, int64_t bytes, bool far) : channels(layout.channels) {
     const Planes p{layout.samples, layout.channels, layout.size};
-    tile = p.tile(far && Ahead::pays(p) ? 2 * bytes : bytes);
+    int64_t tile = p.tile(far && Ahead::pays(p) ? 2 * bytes : bytes);
     const int64_t threads = torch::stable::get_num_threads();
-    if (threads > 1) tile = std::min(tile, std::max<int64_t>(1, layout.channels / (2 * threads)));
-    tiles = (layout.channels + tile - 1) / tile;
-    chunks = 1;
+    if (threads > 1) tile = std::min(tile, std::max<int64_t>(1, channels / (2 * threads)));
+    tiles = (channels + tile - 1) / tile;
+    if (tiles > threads) tiles = std::min((tiles + threads - 1) / threads * threads, channels);
     if (threads > 1 && tiles < 2 * threads && layout.numbers() > 2 * kNumbersPerThread)
       chunks = std::clamp<int64_t>(2 * threads / tiles, 1, layout.samples);
   }
+  // Where a tile begins; the one behind the last: the end.
+  int64_t channel(int64_t tile) const { return channels * tile / tiles; }
 };
 
 // For each tile of planes: sum, settle, apply. settle(first channel, last channel, sums) looks at all of them at once, and
@@ -199,7 +202,7 @@ inline void in_tiles(const Layout& layout, int64_t bytes, bool far, SumTile sum_
     Totals totals(channels);
     torch::stable::parallel_for(0, cut.tiles, grain(layout, cut.tiles), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        const int64_t from = t * cut.tile, to = std::min(channels, from + cut.tile);
+        const int64_t from = cut.channel(t), to = cut.channel(t + 1);
         sum_tile(from, to, 0, layout.samples, totals.one + 0, totals.two + 0);
         settle_all(from, to, totals.one + 0, totals.two + 0);
         finish(from, to, 0, layout.samples);
@@ -211,7 +214,7 @@ inline void in_tiles(const Layout& layout, int64_t bytes, bool far, SumTile sum_
   Scratch<double> sums(2 * channels * cut.chunks);
   std::fill_n(sums + 0, 2 * channels * cut.chunks, 0.0);
   const auto piece = [&](int64_t i, auto&& f) {
-    const int64_t chunk = i % cut.chunks, from = i / cut.chunks * cut.tile, to = std::min(channels, from + cut.tile);
+    const int64_t chunk = i % cut.chunks, from = cut.channel(i / cut.chunks), to = cut.channel(i / cut.chunks + 1);
     f(chunk, from, to, layout.samples * chunk / cut.chunks, layout.samples * (chunk + 1) / cut.chunks);
   };
   torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
@@ -246,8 +249,8 @@ inline void everywhere(const Layout& layout, int64_t bytes, FinishTile tile, Fin
   const int64_t pieces = layout.samples * cut.tiles;
   torch::stable::parallel_for(0, pieces, grain(layout, pieces), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / cut.tiles, a = i % cut.tiles * cut.tile;
-      tile(a, std::min(layout.channels, a + cut.tile), n, n + 1);
+      const int64_t n = i / cut.tiles, t = i % cut.tiles;
+      tile(cut.channel(t), cut.channel(t + 1), n, n + 1);
     }
   });
 }
