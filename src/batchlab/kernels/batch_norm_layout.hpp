@@ -1,5 +1,6 @@
 // How the numbers of an input lie in memory: planes of one channel each, or rows of neighbouring columns.
 #pragma once
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -69,6 +70,7 @@ Layout layout_of(const Tensor& x) {
     return layout;
   }
   layout.rows = true;
+  if (torch::stable::get_num_threads() > 1) layout.cache_bytes = pays_from().rows_of_threads_past_caches_bytes;
   if (planes) {
     layout.part = inner;
     layout.main = {x.size(0), layout.channels * inner};

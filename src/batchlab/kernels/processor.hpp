@@ -8,8 +8,8 @@ namespace batchlab {
 // Sizes of a tensor from which on something pays.
 struct PaysFrom {
   // Of training: to write outputs past the caches. With a residual and its gradient six tensors are in use instead of
-  // four, and planes leave the caches sooner.
-  int64_t past_caches_bytes, past_caches_with_residual_bytes;
+  // four, and planes leave the caches sooner. Of several threads each has a cache of its own, where rows stay longer.
+  int64_t past_caches_bytes, past_caches_with_residual_bytes, rows_of_threads_past_caches_bytes;
   // To begin to read early what is walked in short stretches, which processors do by themselves, but only to an end:
   // rows of neighbouring columns, and planes of fewer than `Ahead::kLeastPlane` numbers.
   int64_t rows_ahead_bytes, short_planes_ahead_numbers;
@@ -24,8 +24,8 @@ inline const PaysFrom& pays_from() {
 #else
   constexpr bool amd = false;
 #endif
-  static constexpr PaysFrom of_amd{5 << 20, (10 << 20) / 3, 4 << 20, 1 << 20};
-  static constexpr PaysFrom of_others{1 << 20, 1 << 20, 20 << 20, std::numeric_limits<int64_t>::max()};
+  static constexpr PaysFrom of_amd{5 << 20, (10 << 20) / 3, 8 << 20, 4 << 20, 1 << 20};
+  static constexpr PaysFrom of_others{1 << 20, 1 << 20, 1 << 20, 20 << 20, std::numeric_limits<int64_t>::max()};
   return amd ? of_amd : of_others;
 }
 
