@@ -202,7 +202,7 @@ struct Backward {
                  double* two, A* scratch) const {
     with_known(rows_read_ahead<T>(layout), [&](auto reads_ahead) {
       sum_rows<A>(
-          block, one, two, scratch,
+          block, rows_one_by_one(layout, bytes() + sizeof(T)), one, two, scratch,
           [&](Sums<A>* s, int64_t row, int64_t last, int64_t q, auto vectors) {
             add<vectors.value, reads_ahead.value>(s, columns, section, row, last, q);
           },
@@ -215,7 +215,7 @@ struct Backward {
   void block(const Layout& layout, const Columns& columns, const Section& section, const Block& of) const {
     const int64_t width = section.rows.columns;
     each_in_block<A>(
-        section, of, input_gradient, layout,
+        section, of, input_gradient, layout, (before.other ? 4 : 3) + (residual_gradient ? 1 : 0),
         [&](const Section& s, int64_t row, int64_t last, int64_t q, auto vectors, auto past, auto reads_ahead) {
           const Backward here = *this;
           const int64_t step = width;
@@ -227,8 +227,8 @@ struct Backward {
             f[v] = columns.change(q + v * kWidth<A>);
           }
           const int64_t padded_step = Section::padded<A>(step);
-          int64_t place = s.place<A>(row, q);
-          for (int64_t at = s.origin + row * step + q; row < last; ++row, at += step, place += padded_step) {
+          int64_t place = s.place<A>(last - 1, q);
+          for (int64_t at = s.origin + (last - 1) * step + q; row < last; --last, at -= step, place -= padded_step) {
             const auto passes = here.before.template passes_whole<vectors.value>(place);
 #pragma GCC unroll 8
             for (int v = 0; v < vectors.value; ++v) {

@@ -104,7 +104,7 @@ struct Apply {
                        Memory<A>::load(columns + 2 * padded + q)};
     };
     each_in_block<A>(
-        section, of, y, layout,
+        section, of, y, layout, has_residual ? 3 : 2,
         [&](const Section& s, int64_t row, int64_t last, int64_t q, auto vectors, auto past, auto reads_ahead) {
           const Apply here = *this;
           const int64_t step = width;
@@ -112,8 +112,8 @@ struct Apply {
 #pragma GCC unroll 8
           for (int v = 0; v < vectors.value; ++v) a[v] = affine(q + v * kWidth<A>);
           const int64_t padded_step = Section::padded<A>(step);
-          int64_t place = s.place<A>(row, q);
-          for (int64_t at = s.origin + row * step + q; row < last; ++row, at += step, place += padded_step) {
+          int64_t place = s.place<A>(last - 1, q);
+          for (int64_t at = s.origin + (last - 1) * step + q; row < last; --last, at -= step, place -= padded_step) {
             typename ReluMask<A>::template Words<vectors.value> passes;
 #pragma GCC unroll 8
             for (int v = 0; v < vectors.value; ++v) {

@@ -105,6 +105,10 @@ template <class T>
 bool rows_read_ahead(const Layout& layout) {
   return layout.numbers() * static_cast<int64_t>(sizeof(T)) >= pays_from().rows_ahead_bytes;
 }
+// Whether rows are walked one by one in passes that read and write `bytes` for each number.
+inline bool rows_one_by_one(const Layout& layout, int64_t bytes) {
+  return layout.numbers() * bytes >= pays_from().rows_one_by_one_bytes;
+}
 template <class T>
 constexpr int64_t kAhead = kAheadBytes / static_cast<int64_t>(sizeof(T));
 

@@ -96,7 +96,7 @@ struct Moments {
                  A* scratch) const {
     with_known(rows_read_ahead<T>(layout), [&](auto reads_ahead) {
       sum_rows<A>(
-          block, one, two, scratch,
+          block, rows_one_by_one(layout, 2 * sizeof(T)), one, two, scratch,
           [&](Sums<A>* s, int64_t row, int64_t last, int64_t q, auto vectors) {
             add<vectors.value, reads_ahead.value>(s, columns, section, row, last, q);
           },

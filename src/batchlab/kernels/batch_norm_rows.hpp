@@ -23,16 +23,22 @@ struct Rows {
 struct Block {
   int64_t first, last, from, to;
   int64_t whole(int width) const { return to / width * width; }
-  int64_t group() const { return std::clamp<int64_t>(kGroupNumbers / (to - from), 8, kRowsOfFloats); }
+  // Rows that are walked together. If that few vectors are a row, all of it is walked at once anyway.
+  int64_t group(bool one_by_one, int width) const {
+    if (one_by_one && to - from > kTogether * width) return 1;
+    return std::clamp<int64_t>(kGroupNumbers / (to - from), 8, kRowsOfFloats);
+  }
 };
 
 // Sums over a block, column by column: `add(sums, first row, last row, column, vectors)` for some vectors of columns,
 // `add_some` with the number of columns for the rest. `one` and `two` have an entry for each column; `scratch` is twice the block's columns,
 // rounded up to whole vectors.
 template <class A, class Add, class AddSome>
-inline void sum_rows(const Block& block, double* one, double* two, A* scratch, Add&& add, AddSome&& add_some) {
+inline void sum_rows(const Block& block, bool one_by_one, double* one, double* two, A* scratch, Add&& add,
+                     AddSome&& add_some) {
   constexpr int width = kWidth<A>;
-  const int64_t from = block.from, to = block.to, whole = block.whole(width), group = block.group();
+  const int64_t from = block.from, to = block.to, whole = block.whole(width);
+  const int64_t group = block.group(one_by_one, width);
   const int64_t padded = (to - from + width - 1) / width * width;
   A *s1 = scratch - from, *s2 = scratch + padded - from;
   std::fill(scratch, scratch + 2 * padded, A(0));
@@ -74,17 +80,19 @@ inline void sum_rows(const Block& block, double* one, double* two, A* scratch, A
   if (summed) flush();
 }
 
-// each(first row, row after the last, column, vectors) for every vector of a block; some(..., count) for the rest; backwards.
+// each(first row, row after the last, column, vectors) for every vector of a block; some(..., count) for the rest. Backwards,
+// and `each` should walk its rows so, too: what was read last for the sums is the likeliest to be in the cache, and a
+// processor that reads ahead reads nothing in vain where there is no turning back.
 template <class A, class Each, class Some>
-inline void each_row(const Block& block, Each&& each, Some&& some) {
-  constexpr int width = kWidth<A>;
-  const int64_t whole = block.whole(width), group = block.group();
+inline void each_row(const Block& block, bool one_by_one, Each&& each, Some&& some) {
+  constexpr int width = kWidth<A>, together = kTogether * width;
+  const int64_t whole = block.whole(width), group = block.group(one_by_one, width);
   for (int64_t end = block.last; end > block.first;) {
     const int64_t row = std::max(block.first, end - group);
-    int64_t q = block.from;
-    for (; q + kTogether * width <= whole; q += kTogether * width) each(row, end, q, std::integral_constant<int, kTogether>());
-    for (; q < whole; q += width) each(row, end, q, std::integral_constant<int, 1>());
     if (whole < block.to) some(row, end, whole, block.to - whole);
+    int64_t q = whole;
+    for (; (q - block.from) % together != 0; q -= width) each(row, end, q - width, std::integral_constant<int, 1>());
+    for (; q > block.from; q -= together) each(row, end, q - together, std::integral_constant<int, kTogether>());
     end = row;
   }
 }

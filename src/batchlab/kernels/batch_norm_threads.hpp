@@ -89,16 +89,17 @@ void sum_section(const Layout& layout, const Section& section, Totals& totals, S
   }
 }
 
+// What `output` and the other tensors that are read or written have in a block.
 template <class A, class T, class Each, class Some>
-void each_in_block(const Section& section, const Block& block, const T* output, const Layout& layout, Each&& each,
-                   Some&& some) {
+void each_in_block(const Section& section, const Block& block, const T* output, const Layout& layout, int64_t tensors,
+                   Each&& each, Some&& some) {
   const int64_t bytes = kWidth<A> * sizeof(T);
   const auto whole = [&](int64_t numbers) { return numbers * static_cast<int64_t>(sizeof(T)) % bytes == 0; };
   const bool past = beyond_cache<T>(layout) && reinterpret_cast<uintptr_t>(output) % bytes == 0 && whole(section.rows.columns) &&
                     whole(section.origin);
   with_known(past, rows_read_ahead<T>(layout), [&](auto far, auto reads_ahead) {
     each_row<A>(
-        block,
+        block, rows_one_by_one(layout, tensors * static_cast<int64_t>(sizeof(T))),
         [&](int64_t row, int64_t last, int64_t q, auto vectors) {
           each(section, row, last, q, vectors, far, reads_ahead);
         },

@@ -13,6 +13,9 @@ struct PaysFrom {
   // To begin to read early what is walked in short stretches, which processors do by themselves, but only to an end:
   // rows of neighbouring columns, and planes of fewer than `Ahead::kLeastPlane` numbers.
   int64_t rows_ahead_bytes, short_planes_ahead_numbers;
+  // To walk rows one by one, counting all that a pass reads and writes: memory likes to be used in its order, while a
+  // cache does not mind to be walked a few columns at a time, whose parameters then stay in registers.
+  int64_t rows_one_by_one_bytes;
 };
 
 // Measured in whole training steps of small networks, and layer by layer. Intel's (a Xeon with 2 MiB of second-level
@@ -24,8 +27,9 @@ inline const PaysFrom& pays_from() {
 #else
   constexpr bool amd = false;
 #endif
-  static constexpr PaysFrom of_amd{5 << 20, (10 << 20) / 3, 8 << 20, 4 << 20, 1 << 20};
-  static constexpr PaysFrom of_others{1 << 20, 1 << 20, 1 << 20, 20 << 20, std::numeric_limits<int64_t>::max()};
+  constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
+  static constexpr PaysFrom of_amd{5 << 20, (10 << 20) / 3, 8 << 20, 4 << 20, 1 << 20, 32 << 20};
+  static constexpr PaysFrom of_others{1 << 20, 1 << 20, 1 << 20, 20 << 20, kNever, kNever};
   return amd ? of_amd : of_others;
 }
 
