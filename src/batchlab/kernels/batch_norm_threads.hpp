@@ -2,6 +2,8 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
+#include <numeric>
+
 #include "batch_norm_layout.hpp"
 #include "batch_norm_planes.hpp"
 #include "batch_norm_tensors.hpp"
@@ -163,21 +165,27 @@ void in_rows(const Layout& layout, int64_t bytes, SumBlock sum_block, SettleChan
 }
 
 // How planes are cut into pieces of work: tiles of channels, and samples too where there are fewer tiles than threads.
-// Tiles are as good as equal, and as many for each thread: the last to finish is waited for.
+// Tiles are as good as equal, and as many for each thread: the last to finish is waited for. They begin where a line of
+// the cache does, of floats, if there are enough channels: what lies in two tiles is written in two parts.
 struct Cut {
+  static constexpr int64_t kLine = 16;
   int64_t channels, tiles, chunks = 1;
-  Cut(const Layout& layout, int64_t bytes, bool far) : channels(layout.channels) {
+  int64_t unit;  // channels from one beginning of a line to the next
+  Cut(const Layout& layout, int64_t bytes, bool far)
+      : channels(layout.channels), unit(kLine / std::gcd(kLine, layout.size)) {
     const Planes p{layout.samples, layout.channels, layout.size};
     int64_t tile = p.tile(far && Ahead::pays(p) ? 2 * bytes : bytes);
     const int64_t threads = torch::stable::get_num_threads();
     if (threads > 1) tile = std::min(tile, std::max<int64_t>(1, channels / (2 * threads)));
+    if (tile > unit) tile = tile / unit * unit;
     tiles = (channels + tile - 1) / tile;
     if (tiles > threads) tiles = std::min((tiles + threads - 1) / threads * threads, channels);
+    if (tiles * unit > channels) unit = 1;
     if (threads > 1 && tiles < 2 * threads && layout.numbers() > 2 * kNumbersPerThread)
       chunks = std::clamp<int64_t>(2 * threads / tiles, 1, layout.samples);
   }
   // Where a tile begins; the one behind the last: the end.
-  int64_t channel(int64_t tile) const { return channels * tile / tiles; }
+  int64_t channel(int64_t tile) const { return tile == tiles ? channels : channels * tile / tiles / unit * unit; }
 };
 
 // For each tile of planes: sum, settle, apply. settle(first channel, last channel, sums) looks at all of them at once, and
