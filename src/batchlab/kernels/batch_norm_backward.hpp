@@ -63,6 +63,7 @@ struct Backward {
 
   bool given() const { return std::isinf(count); }
 
+  int64_t tensors() const { return (before.other != nullptr ? 4 : 3) + (residual_gradient != nullptr ? 1 : 0); }
   int64_t bytes() const { return static_cast<int64_t>(sizeof(T)) * (before.other != nullptr ? 3 : 2); }
 
   // What the sums and the gradient are found from.
@@ -167,7 +168,7 @@ struct Backward {
     Affine<A> a[vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) a[v] = columns.affine(q + v * kWidth<A>);
-    const int64_t padded_step = Section::padded<A>(section.rows.columns);
+    const int64_t padded_step = Section::padded<A>(section.rows.columns), ahead = rows_ahead<T>(section.rows);
     int64_t place = section.place<A>(row, q);
     for (int64_t at = section.origin + row * section.rows.columns + q; row < last;
          ++row, at += section.rows.columns, place += padded_step) {
@@ -175,7 +176,7 @@ struct Backward {
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) {
         const int64_t offset = at + v * kWidth<A>;
-        if (reads_ahead) each_input([&](const T* of) { begin_to_read(of + offset + kAhead<T>); });
+        if (reads_ahead) each_input([&](const T* of) { begin_to_read(of + offset + ahead); });
         const auto load = [&](const T* of) { return Memory<T>::load(of + offset); };
         const Lanes<A> value = load(before.x), g = before(load, a[v], value, passes[v]);
         if constexpr (can_keep)
@@ -202,7 +203,7 @@ struct Backward {
                  double* two, A* scratch) const {
     with_known(rows_read_ahead<T>(layout), [&](auto reads_ahead) {
       sum_rows<A>(
-          block, rows_one_by_one(layout, bytes() + sizeof(T)), one, two, scratch,
+          block, walk_of_rows<T, A>(layout, tensors(), 5), one, two, scratch,
           [&](Sums<A>* s, int64_t row, int64_t last, int64_t q, auto vectors) {
             add<vectors.value, reads_ahead.value>(s, columns, section, row, last, q);
           },
@@ -215,10 +216,10 @@ struct Backward {
   void block(const Layout& layout, const Columns& columns, const Section& section, const Block& of) const {
     const int64_t width = section.rows.columns;
     each_in_block<A>(
-        section, of, input_gradient, layout, (before.other ? 4 : 3) + (residual_gradient ? 1 : 0),
+        section, of, input_gradient, layout, walk_of_rows<T, A>(layout, tensors(), 5),
         [&](const Section& s, int64_t row, int64_t last, int64_t q, auto vectors, auto past, auto reads_ahead) {
           const Backward here = *this;
-          const int64_t step = width;
+          const int64_t step = width, ahead = rows_ahead<T>(s.rows);
           Affine<A> a[vectors.value];
           InputGradient<A> f[vectors.value];
 #pragma GCC unroll 8
@@ -233,7 +234,7 @@ struct Backward {
 #pragma GCC unroll 8
             for (int v = 0; v < vectors.value; ++v) {
               const int64_t offset = at + v * kWidth<A>;
-              if (reads_ahead.value) here.each_input([&](const T* of) { begin_to_read(of + offset - kAhead<T>); });
+              if (reads_ahead.value) here.each_input([&](const T* of) { begin_to_read(of + offset - ahead); });
               here.template write<past.value>(offset, here.vector(a[v], f[v], offset, passes[v]));
             }
           }

@@ -104,10 +104,10 @@ struct Apply {
                        Memory<A>::load(columns + 2 * padded + q)};
     };
     each_in_block<A>(
-        section, of, y, layout, has_residual ? 3 : 2,
+        section, of, y, layout, walk_of_rows<T, A>(layout, has_residual ? 3 : 2, 3),
         [&](const Section& s, int64_t row, int64_t last, int64_t q, auto vectors, auto past, auto reads_ahead) {
           const Apply here = *this;
-          const int64_t step = width;
+          const int64_t step = width, ahead = rows_ahead<T>(s.rows);
           Affine<A> a[vectors.value];
 #pragma GCC unroll 8
           for (int v = 0; v < vectors.value; ++v) a[v] = affine(q + v * kWidth<A>);
@@ -118,8 +118,8 @@ struct Apply {
 #pragma GCC unroll 8
             for (int v = 0; v < vectors.value; ++v) {
               const int64_t offset = at + v * kWidth<A>;
-              if (reads_ahead.value) begin_to_read(here.x + offset - kAhead<T>);
-              if (reads_ahead.value && has_residual) begin_to_read(here.residual + offset - kAhead<T>);
+              if (reads_ahead.value) begin_to_read(here.x + offset - ahead);
+              if (reads_ahead.value && has_residual) begin_to_read(here.residual + offset - ahead);
               if constexpr (keeps_mask) {
                 const Lanes<A> pre = here.before(a[v], offset);
                 const uint32_t bits = here.kind.passes(pre);

@@ -105,12 +105,19 @@ template <class T>
 bool rows_read_ahead(const Layout& layout) {
   return layout.numbers() * static_cast<int64_t>(sizeof(T)) >= pays_from().rows_ahead_bytes;
 }
-// Whether rows are walked one by one in passes that read and write `bytes` for each number.
-inline bool rows_one_by_one(const Layout& layout, int64_t bytes) {
-  return layout.numbers() * bytes >= pays_from().rows_one_by_one_bytes;
+// How rows are walked in a pass that reads and writes `tensors` of them, with some `parameters` of each column.
+template <class T, class A>
+Walk walk_of_rows(const Layout& layout, int64_t tensors, int64_t parameters) {
+  const int64_t bytes = layout.numbers() * tensors * static_cast<int64_t>(sizeof(T));
+  if (bytes < pays_from().rows_one_by_one_bytes) return {};
+  return {kParameterBytes / (parameters * static_cast<int64_t>(sizeof(A)))};
 }
+// How far ahead, in numbers: whole rows, so that it is the same columns that are read.
 template <class T>
-constexpr int64_t kAhead = kAheadBytes / static_cast<int64_t>(sizeof(T));
+int64_t rows_ahead(const Rows& rows) {
+  const int64_t numbers = kAheadBytes / static_cast<int64_t>(sizeof(T));
+  return (numbers + rows.columns - 1) / rows.columns * rows.columns;
+}
 
 // f(what is so, as a type): its loops are compiled for both.
 template <class F>

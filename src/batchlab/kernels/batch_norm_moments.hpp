@@ -75,12 +75,12 @@ struct Moments {
     Lanes<A> k[vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) k[v] = Memory<A>::load(columns + q + v * kWidth<A>);
-    const int64_t width = section.rows.columns;
+    const int64_t width = section.rows.columns, ahead = rows_ahead<T>(section.rows);
     const T* from = x + section.origin + q + row * width;
     for (; row < last; ++row, from += width)
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) {
-        if (reads_ahead) begin_to_read(from + v * kWidth<A> + kAhead<T>);
+        if (reads_ahead) begin_to_read(from + v * kWidth<A> + ahead);
         s[v].powers(Memory<T>::load(from + v * kWidth<A>) - k[v]);
       }
   }
@@ -96,7 +96,7 @@ struct Moments {
                  A* scratch) const {
     with_known(rows_read_ahead<T>(layout), [&](auto reads_ahead) {
       sum_rows<A>(
-          block, rows_one_by_one(layout, 2 * sizeof(T)), one, two, scratch,
+          block, walk_of_rows<T, A>(layout, 2, 3), one, two, scratch,
           [&](Sums<A>* s, int64_t row, int64_t last, int64_t q, auto vectors) {
             add<vectors.value, reads_ahead.value>(s, columns, section, row, last, q);
           },

@@ -13,6 +13,7 @@ namespace batchlab {
 constexpr int64_t kRowsOfFloats = 128;   // that are summed in float before they go into a double
 constexpr int64_t kGroupNumbers = 4096;  // of rows that are walked together, to load a column's parameters once for all
 
+constexpr int64_t kParameterBytes = 26 << 10;  // of rows that are walked one by one: about half of a first-level cache
 constexpr int kTogether = 4;             // neighbouring vectors of a row: memory likes to be read in order
 
 struct Rows {
@@ -23,10 +24,27 @@ struct Rows {
 struct Block {
   int64_t first, last, from, to;
   int64_t whole(int width) const { return to / width * width; }
-  // Rows that are walked together. If that few vectors are a row, all of it is walked at once anyway.
-  int64_t group(bool one_by_one, int width) const {
-    if (one_by_one && to - from > kTogether * width) return 1;
-    return std::clamp<int64_t>(kGroupNumbers / (to - from), 8, kRowsOfFloats);
+  Block columns(int64_t begin, int64_t end) const { return {first, last, begin, end}; }
+};
+
+// How a block is walked: a few columns of some rows, then the next columns, so that their parameters stay in registers;
+// or row by row, as memory likes it, but at most some columns of it, so that their parameters stay in the cache.
+struct Walk {
+  int64_t most_columns = 0;  // of a row, if one by one
+
+  bool one_by_one() const { return most_columns > 0; }
+  // Columns to go through together: parts of a row as good as equal, multiples of what is walked at once.
+  int64_t part(const Block& block, int64_t together) const {
+    const int64_t columns = block.to - block.from;
+    if (!one_by_one() || columns <= most_columns) return columns;
+    const int64_t parts = (columns + most_columns - 1) / most_columns;
+    return ((columns + parts - 1) / parts + together - 1) / together * together;
+  }
+  // Rows to go through together. If few vectors are a row, all of it is walked at once anyway.
+  int64_t group(const Block& block, int64_t together) const {
+    const int64_t columns = block.to - block.from;
+    if (one_by_one() && columns > together) return 1;
+    return std::clamp<int64_t>(kGroupNumbers / columns, 8, kRowsOfFloats);
   }
 };
 
@@ -34,11 +52,16 @@ struct Block {
 // `add_some` with the number of columns for the rest. `one` and `two` have an entry for each column; `scratch` is twice the block's columns,
 // rounded up to whole vectors.
 template <class A, class Add, class AddSome>
-inline void sum_rows(const Block& block, bool one_by_one, double* one, double* two, A* scratch, Add&& add,
+inline void sum_rows(const Block& block, const Walk& walk, double* one, double* two, A* scratch, Add&& add,
                      AddSome&& add_some) {
-  constexpr int width = kWidth<A>;
+  constexpr int width = kWidth<A>, together = kTogether * width;
   const int64_t from = block.from, to = block.to, whole = block.whole(width);
-  const int64_t group = block.group(one_by_one, width);
+  if (const int64_t part = walk.part(block, together); part < to - from) {
+    for (int64_t q = from; q < to; q += part)
+      sum_rows<A>(block.columns(q, std::min(to, q + part)), walk, one, two, scratch, add, add_some);
+    return;
+  }
+  const int64_t group = walk.group(block, together);
   const int64_t padded = (to - from + width - 1) / width * width;
   A *s1 = scratch - from, *s2 = scratch + padded - from;
   std::fill(scratch, scratch + 2 * padded, A(0));
@@ -67,7 +90,7 @@ inline void sum_rows(const Block& block, bool one_by_one, double* one, double* t
     };
     const auto full = [&](int64_t q) { return [&, q](Sums<A>* s, auto vectors) { add(s, row, end, q, vectors); }; };
     int64_t q = from;
-    for (; q + kTogether * width <= whole; q += kTogether * width)
+    for (; q + together <= whole; q += together)
       take(q, std::integral_constant<int, kTogether>(), full(q));
     for (; q < whole; q += width) take(q, std::integral_constant<int, 1>(), full(q));
     if (whole < to)
@@ -84,9 +107,14 @@ inline void sum_rows(const Block& block, bool one_by_one, double* one, double* t
 // and `each` should walk its rows so, too: what was read last for the sums is the likeliest to be in the cache, and a
 // processor that reads ahead reads nothing in vain where there is no turning back.
 template <class A, class Each, class Some>
-inline void each_row(const Block& block, bool one_by_one, Each&& each, Some&& some) {
+inline void each_row(const Block& block, const Walk& walk, Each&& each, Some&& some) {
   constexpr int width = kWidth<A>, together = kTogether * width;
-  const int64_t whole = block.whole(width), group = block.group(one_by_one, width);
+  if (const int64_t part = walk.part(block, together); part < block.to - block.from) {
+    for (int64_t q = block.from; q < block.to; q += part)
+      each_row<A>(block.columns(q, std::min(block.to, q + part)), walk, each, some);
+    return;
+  }
+  const int64_t whole = block.whole(width), group = walk.group(block, together);
   for (int64_t end = block.last; end > block.first;) {
     const int64_t row = std::max(block.first, end - group);
     if (whole < block.to) some(row, end, whole, block.to - whole);

@@ -91,9 +91,9 @@ void sum_section(const Layout& layout, const Section& section, Totals& totals, S
   }
 }
 
-// What `output` and the other tensors that are read or written have in a block.
+// The vectors of a block, which go to `output` and perhaps to others like it.
 template <class A, class T, class Each, class Some>
-void each_in_block(const Section& section, const Block& block, const T* output, const Layout& layout, int64_t tensors,
+void each_in_block(const Section& section, const Block& block, const T* output, const Layout& layout, const Walk& walk,
                    Each&& each, Some&& some) {
   const int64_t bytes = kWidth<A> * sizeof(T);
   const auto whole = [&](int64_t numbers) { return numbers * static_cast<int64_t>(sizeof(T)) % bytes == 0; };
@@ -101,7 +101,7 @@ void each_in_block(const Section& section, const Block& block, const T* output, 
                     whole(section.origin);
   with_known(past, rows_read_ahead<T>(layout), [&](auto far, auto reads_ahead) {
     each_row<A>(
-        block, rows_one_by_one(layout, tensors * static_cast<int64_t>(sizeof(T))),
+        block, walk,
         [&](int64_t row, int64_t last, int64_t q, auto vectors) {
           each(section, row, last, q, vectors, far, reads_ahead);
         },
