@@ -1,7 +1,20 @@
 """What holds for all tests."""
 
+import hashlib
 import signal
 import threading
+from pathlib import Path
+
+import torch
+
+from batchlab import kernels
+
+
+def pytest_sessionstart() -> None:
+    """Let torch.compile forget what it compiled with other kernels: its cache on disk knows only their names."""
+    sources = sorted(Path(kernels.__file__).parent.glob("*.[chp]*"))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    torch.compiler.config.cache_key_tag = f"batchlab kernels {digest}"
 
 
 def pytest_configure() -> None:

@@ -69,11 +69,11 @@ def found(kernel: Any, arguments: dict[str, Any], aligned: bool, capability: int
 
 def settling() -> list[dict[str, Any]]:
     """The kernels that have vectors of channels alone: everything given, and nothing that need not be."""
-    given = ["mean", "lost", "variance", "weight", "bias", "numbers", "running_mean", "running_var"]
-    given += ["sums", "of_weight", "of_bias", "factors"]
+    given = ["mean", "lost", "variance", "numbers", "running_mean", "running_var", "sums"]
+    given += ["of_weight", "of_bias", "factors"]
     full = {**SIZES, **dict.fromkeys(given, "*fp32"), "batches": "*i64", "BLOCK_C": 128}
     full |= dict.fromkeys(["count", "eps", "momentum", "correction"], "fp64")
-    optional = ["lost", "weight", "bias", "running_mean", "running_var", "batches", "factors"]
+    optional = ["lost", "running_mean", "running_var", "batches", "factors"]
     few = {**full, **dict.fromkeys(optional), "mean": "*fp64", "variance": "*fp64", "sums": "*fp64"}
     return [
         found(kernel, arguments, False, 90)
@@ -98,7 +98,7 @@ def main() -> None:
     results = []
     number, exact = "*bf16", "*fp32"
     tensors = dict.fromkeys(["x", "y", "grad", "output", "residual", "grad_x", "grad_residual"], number)
-    values = dict.fromkeys(["statistics", "numbers", "factors", "sums", "out", "partial"], exact)
+    values = dict.fromkeys(["statistics", "numbers", "weight", "bias", "factors", "sums", "out", "partial"], exact)
     shared = {**SIZES, **tensors, **values, "ACTIVATION": "relu", "WHOLE": False}
     reading = [affine.apply, affine.gradient_sums, affine.input_gradient, moments.moments]
     for rows, block_c, block_s in ((False, 4, 512), (True, 64, 32)):
@@ -108,7 +108,15 @@ def main() -> None:
     merged = {**shared, "BLOCK_C": 8, "BLOCK_P": 256}
     results += [found(kernel, merged, True, 90) for kernel in (moments.merge_moments, affine.merge_sums)]
     # What is special: nothing optional, float64, sizes of one and beyond 2³¹, an older GPU.
-    bare = {**shared, "factors": None, "residual": None, "output": None, "grad_residual": None}
+    bare = {
+        **shared,
+        "factors": None,
+        "weight": None,
+        "bias": None,
+        "residual": None,
+        "output": None,
+        "grad_residual": None,
+    }
     double = {**shared, **dict.fromkeys([*tensors, *values], "*fp64"), "output": None}
     single = {**bare, "channels": 1, "plane": 1, "ROWS": True, "BLOCK_C": 1, "BLOCK_S": 1, "WHOLE": True}
     single |= {"ACTIVATION": None}

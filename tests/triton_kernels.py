@@ -148,12 +148,10 @@ def torchs(
     return Step(output.detach(), grads[0], None if leaf is None else grads[3], grads[1], grads[2])
 
 
-def settled(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, statistics: Any = None
-) -> Tensor:
+def settled(x: Tensor, eps: float = 1e-5, statistics: Any = None) -> Tensor:
     """The table of numbers of x, or of given statistics (3, C)."""
     mean, lost, variance = (B.moments(x) if statistics is None else statistics).unbind()
-    numbers: Tensor = B.settle(mean, lost, variance, weight, bias, eps, mean.dtype)
+    numbers: Tensor = B.settle(mean, lost, variance, eps, mean.dtype)
     return numbers
 
 
@@ -161,13 +159,13 @@ def ours(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str | None, residual: Tensor | None, grad: Tensor
 ) -> Step:
     """The step by the kernels; from the output where the contract says so."""
-    numbers = settled(x, weight, bias, eps)
-    output = B.apply(x, numbers, activation, residual)
+    numbers = settled(x, eps)
+    output = B.apply(x, numbers, weight, bias, activation, residual)
     known = output if residual is not None else None
-    sums = B.gradient_sums(grad, x, numbers, activation, known, residual)
+    sums = B.gradient_sums(grad, x, numbers, weight, bias, activation, known, residual)
     grad_weight, grad_bias, factors = B.settle_gradients(sums, numbers, x.numel() // x.shape[1])
     grad_x, grad_residual = B.input_gradient(
-        grad, x, numbers, factors, activation, known, residual, want_residual=residual is not None
+        grad, x, numbers, weight, bias, factors, activation, known, residual, want_residual=residual is not None
     )
     if residual is not None and activation is None:
         assert grad_residual is None

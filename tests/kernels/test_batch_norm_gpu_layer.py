@@ -110,8 +110,8 @@ def test_the_compiler_is_told_what_comes_out() -> None:
     torch.library.opcheck(operations.evaluate.default, (x, mean, var, weight, bias, x, 1e-5, 1), test_utils=checks)
     torch.library.opcheck(operations.moments.default, (x,), test_utils=checks)
     y, saved = kernel.forward(x, weight, bias, x, None, None, None, 0.1, 1e-5, 1)
-    torch.library.opcheck(operations.gradient_sums.default, (x, x, y, None, saved, 1), test_utils=checks)
-    arguments = (x, x, y, None, saved, None, 0.0, 1, True)
+    torch.library.opcheck(operations.gradient_sums.default, (x, x, weight, bias, y, None, saved, 1), test_utils=checks)
+    arguments = (x, x, weight, bias, y, None, saved, None, 0.0, 1, True)
     torch.library.opcheck(operations.backward.default, arguments, test_utils=checks)
 
 

@@ -51,19 +51,21 @@ def _calls(x: Tensor, full: bool, leaves: bool = False) -> dict[str, Arguments]:
     residual = torch.empty_like(x).copy_(torch.randn(x.shape))
     y, saved = kernel.forward(x, weight, bias, residual if full else None, None, None, None, 0.1, 1e-5, RELU)
     gradient = torch.empty_like(x).copy_(torch.randn(x.shape))
-    sums = kernel.gradient_sums(gradient, x, y, None, saved, RELU)
+    sums = kernel.gradient_sums(gradient, x, weight, bias, y, None, saved, RELU)
     if leaves:
         x, weight, bias, residual = (t.clone().requires_grad_() for t in (x, weight, bias, residual))
     given = (weight, bias, residual) if full else (None, None, None)
+    known = (*given[:2], *((y, None) if full else (None, None)))
     running = (mean, variance, torch.tensor(3)) if full else (None, None, None)
     return {
         "forward_": (x, *given, *running, 0.1, 1e-5, SILU if full else 0),
         "evaluate": (x, mean, variance, *given, 1e-5, SILU if full else 0),
         "moments": (x,),
-        "gradient_sums": (gradient, x, *((y, None) if full else (None, None)), saved, RELU if full else 0),
+        "gradient_sums": (gradient, x, *known, saved, RELU if full else 0),
         "backward": (
             gradient,
             x,
+            *given[:2],
             *((y, residual, saved, sums, 11.0, RELU, True) if full else (None, None, saved, None, 0.0, 0, False)),
         ),
     }

@@ -60,8 +60,10 @@ def test_gradients_are_those_that_the_output_tells(
     y, saved, mask = _forward(x, residual, activation)
     assert torch.equal(_operation("unpack_relu_mask")(mask, x), (y > 0).to(dtype))
     for needed in (False, True):
-        by_output = kernel.backward(gradient, x, y, None, saved, activation, residual_needed=needed)
-        by_mask = _operation("backward")(gradient, x, None, None, saved, None, 0.0, activation, needed, mask)
+        by_output = kernel.backward(gradient, x, None, None, y, None, saved, activation, residual_needed=needed)
+        by_mask = _operation("backward")(
+            gradient, x, None, None, None, None, saved, None, 0.0, activation, needed, mask
+        )
         # Sums are rounded as the compiler orders them in each loop; what passes is not rounded at all.
         torch.testing.assert_close(by_mask, by_output, **({} if dtype.itemsize < 8 else {"rtol": 1e-12, "atol": 1e-13}))
         assert torch.equal(by_mask[1], by_output[1])
@@ -134,7 +136,7 @@ def test_another_mask_is_refused_before_anything_happens(name: str, spoil: Any) 
     running, wrong = torch.zeros(8), spoil(mask)
     calls = {
         "forward_": (x, None, None, residual, running, running.clone(), None, 0.1, 1e-5, RELU, wrong),
-        "backward": (gradient, x, None, None, saved, None, 0.0, RELU, True, wrong),
+        "backward": (gradient, x, None, None, None, None, saved, None, 0.0, RELU, True, wrong),
         "unpack_relu_mask": (wrong, x),
     }
     with pytest.raises(RuntimeError, match=f"relu_mask must be {mask.numel()} contiguous bytes in uint8 on the CPU"):

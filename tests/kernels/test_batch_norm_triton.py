@@ -94,10 +94,11 @@ def test_without_weight_and_bias() -> None:
     for activation in (None, "silu"):
         right = ours(x, one, zero, EPS, activation, None, grad)
         table = settled(x)
-        sums = B.gradient_sums(grad, x, table, activation)
-        assert torch.equal(B.apply(x, table, activation), right.output)
+        sums = B.gradient_sums(grad, x, table, None, None, activation)
+        assert torch.equal(B.apply(x, table, None, None, activation), right.output)
         assert torch.equal(sums[0], right.grad_bias)
-        found, none = B.input_gradient(grad, x, table, B.settle_gradients(sums, table, 168)[2], activation)
+        factors = B.settle_gradients(sums, table, 168)[2]
+        found, none = B.input_gradient(grad, x, table, None, None, factors, activation)
         assert none is None
         assert torch.equal(found, right.grad_x)
 
@@ -107,11 +108,12 @@ def test_ranks_merge_between_the_kernels() -> None:
     x, grad = numbers("4d", torch.float64), numbers("4d", torch.float64, seed=1)
     weight, bias = affine(5, x.dtype)
     right = expected(x, weight, bias, EPS, "relu", None, grad)
-    table = settled(x, weight, bias)
+    table = settled(x)
     halves = [(x[:1], grad[:1]), (x[1:], grad[1:])]
-    sums = torch.stack([B.gradient_sums(g, h, table, "relu") for h, g in halves]).sum(0)
+    sums = torch.stack([B.gradient_sums(g, h, table, weight, bias, "relu") for h, g in halves]).sum(0)
     for (h, g), part in zip(halves, [right.grad_x[:1], right.grad_x[1:]], strict=True):
-        found, _ = B.input_gradient(g, h, table, B.settle_gradients(sums, table, 168)[2], "relu")
+        factors = B.settle_gradients(sums, table, 168)[2]
+        found, _ = B.input_gradient(g, h, table, weight, bias, factors, "relu")
         assert error(found, part) < 1e-13
 
 
@@ -129,7 +131,7 @@ def test_other_tensors_may_have_other_strides() -> None:
 def test_residual_of_another_dtype() -> None:
     x, added = numbers("4d", torch.bfloat16), numbers("4d", torch.float32, seed=2)
     weight, bias = affine(5, x.dtype)
-    y = B.apply(x, settled(x, weight, bias), None, added)
+    y = B.apply(x, settled(x), weight, bias, None, added)
     right = expected(x, weight, bias, EPS, None, added, added)
     assert y.dtype == torch.bfloat16
     assert error(y, right.output) <= 2**-7 * float(right.output.abs().max())
@@ -139,23 +141,24 @@ def test_residual_of_another_dtype() -> None:
 def test_derivative_from_output_or_from_residual(activation: str) -> None:
     x, grad, added = (numbers("3d", torch.float32, seed=seed) for seed in range(3))
     weight, bias = affine(3, x.dtype)
-    table = settled(x, weight, bias)
-    y = B.apply(x, table, activation, added)
-    first = B.gradient_sums(grad, x, table, activation, output=y)
-    second = B.gradient_sums(grad, x, table, activation, residual=added)
+    table = settled(x)
+    y = B.apply(x, table, weight, bias, activation, added)
+    first = B.gradient_sums(grad, x, table, weight, bias, activation, output=y)
+    second = B.gradient_sums(grad, x, table, weight, bias, activation, residual=added)
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
 
 
 def test_relu_at_zero_and_at_nan() -> None:
     """As in torch: NaN passes, the derivative at 0 is 0, and where it is 0 not even an infinite gradient passes."""
     x = torch.tensor([[-1.0, 3.0], [1.0, float("nan")]], device=DEVICE)
-    y = B.apply(x, settled(torch.tensor([[-1.0, 3.0], [1.0, 3.0]], device=DEVICE)), "relu")
+    table = settled(torch.tensor([[-1.0, 3.0], [1.0, 3.0]], device=DEVICE))
+    y = B.apply(x, table, None, None, "relu")
     assert y.isnan().tolist() == [[False, False], [False, True]]
     assert y[0].tolist() == [0.0, 0.0]
     zeros = torch.full((2, 2), 3.0, device=DEVICE)
     infinite = torch.full((2, 2), float("inf"), device=DEVICE)
     for known in (None, zeros - 3):
-        sums = B.gradient_sums(infinite, zeros, settled(zeros), "relu", output=known)
+        sums = B.gradient_sums(infinite, zeros, settled(zeros), None, None, "relu", output=known)
         assert sums.tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
@@ -165,12 +168,12 @@ def test_empty(shape: tuple[int, ...]) -> None:
     statistics = B.moments(x)
     weight, bias = torch.ones(2, shape[1], device=DEVICE)
     assert torch.equal(statistics, torch.zeros(3, shape[1], device=DEVICE))
-    table = settled(x, weight, bias)
-    assert B.apply(x, table, "relu", x).shape == shape
-    sums = B.gradient_sums(x, x, table, "relu", x)
+    table = settled(x)
+    assert B.apply(x, table, weight, bias, "relu", x).shape == shape
+    sums = B.gradient_sums(x, x, table, weight, bias, "relu", x)
     assert torch.equal(sums, torch.zeros(2, shape[1], device=DEVICE))
     *_, factors = B.settle_gradients(sums, table, 1)
-    grads = B.input_gradient(x, x, table, factors, "relu", x, want_residual=True)
+    grads = B.input_gradient(x, x, table, weight, bias, factors, "relu", x, want_residual=True)
     assert [grad.shape for grad in grads] == [shape, shape]
 
 

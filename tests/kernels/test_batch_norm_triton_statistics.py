@@ -98,12 +98,13 @@ def test_nan_and_inf_stay_in_their_channel(place: int, wrong: float, layout: str
     assert torch.equal(statistics[:, [0, 2]], clean[:, [0, 2]])
     assert statistics[2, 1].isnan()
     table = settled(x)
-    y = B.apply(x, table, "relu")
+    y = B.apply(x, table, None, None, "relu")
     assert y[:, 1].isnan().all()
     assert y[:, [0, 2]].isfinite().all()
-    sums = B.gradient_sums(x, x, table, "silu")
+    sums = B.gradient_sums(x, x, table, None, None, "silu")
     assert sums[:, [0, 2]].isfinite().all()
-    grad, _ = B.input_gradient(x, x, table, B.settle_gradients(sums, table, 540)[2], "silu")
+    factors = B.settle_gradients(sums, table, 540)[2]
+    grad, _ = B.input_gradient(x, x, table, None, None, factors, "silu")
     assert grad[:, [0, 2]].isfinite().all()
 
 
@@ -119,7 +120,7 @@ def test_extreme_magnitudes(layout: str, tile: int) -> None:
     assert statistics[2, 0] == 0.0
     assert statistics[2, 1] == pytest.approx(float(variance[1]), rel=2e-6)
     assert statistics[2, 2:].isinf().all()
-    y = B.apply(x, settled(x), None)
+    y = B.apply(x, settled(x), None, None, None)
     assert torch.equal(y[:, 2:], torch.zeros_like(y[:, 2:]))
 
 

@@ -330,9 +330,9 @@ def test_the_operation_itself_refuses_foreign_memory() -> None:
     with pytest.raises(RuntimeError, match="no activation"):
         kernel.forward(x, vector, vector, None, None, None, None, 0.1, 1e-5, 9)
     with pytest.raises(RuntimeError, match="saved must be"):
-        kernel.backward(y, x, None, None, saved[:3], 1)
+        kernel.backward(y, x, vector, vector, None, None, saved[:2], 1)
     with pytest.raises(RuntimeError, match="gradient must have"):
-        kernel.backward(y[:2], x, None, None, saved, 1)
+        kernel.backward(y[:2], x, vector, vector, None, None, saved, 1)
 
 
 def test_waiting_memory_is_no_more_than_was_in_use_and_goes_back() -> None:

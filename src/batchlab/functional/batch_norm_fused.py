@@ -19,6 +19,7 @@ __all__ = [
     "evaluate_fused",
     "is_plain",
     "is_transformed",
+    "normalize_and_measure",
     "normalize_and_update",
     "normalize_fused",
     "of_channels",
@@ -132,6 +133,22 @@ def normalize_fused(
     )
 
 
+def normalize_and_measure(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output, the batch's mean, what its rounding lost, and the unbiased variance (0 of a single value)."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    var = x.new_zeros(x.shape[1], dtype=dtype)  # a running variance of which nothing remains
+    y, numbers = normalize_fused(x, weight, bias, eps, activation, residual, (None, var, None, 1.0))
+    mean, rest, inverse = numbers.unbind()
+    return y, mean, torch.where(rest == 0, 0, rest / inverse), var
+
+
 def is_plain(running: Tensor, x: Tensor) -> bool:
     """Whether the kernel that takes `x` reads and moves this running statistic."""
     return (
@@ -167,9 +184,8 @@ def normalize_and_update(
     if plain and momentum is not None and nonfinite == "propagate":
         running = running_mean, running_var, num_batches_tracked, momentum
         return normalize_fused(x, weight, bias, eps, activation, residual, running)[0]
-    y, numbers = normalize_fused(x, weight, bias, eps, activation, residual)
+    y, mean, _, var = normalize_and_measure(x, weight, bias, eps, activation, residual)
     count = x.numel() // x.shape[1]
-    mean, var = numbers[0] + numbers[1], numbers[5] * (count / (count - 1))
     update_in_place(running_mean, running_var, mean, var, count, momentum, num_batches_tracked, nonfinite)
     return y
 

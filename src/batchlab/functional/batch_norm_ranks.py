@@ -166,18 +166,20 @@ def _by_kernels(
     gradient: Tensor, saved: _Saved, numbers: Tensor, activation: int, group: ProcessGroup, needs: tuple[bool, ...]
 ) -> Gradients:
     """Gradients by the kernels: a pass for this rank's sums, the all-reduce, a pass for the rest."""
-    given = gradient, saved.x, saved.output, saved.residual, numbers, activation
+    given = gradient, saved.x, saved.weight, saved.bias, saved.output, saved.residual, numbers, activation
     if not needs[0]:
         _, of_residual, of_weight, of_bias = kernel.backward(*given, count=torch.inf, residual_needed=needs[3])
         return None, of_weight, of_bias, gradient if activation == 0 else of_residual
     total, product = kernel.gradient_sums(*given).unbind()
-    _, rest, inverse, scale, _, _ = numbers.to(torch.float64).unbind()
-    product = product - rest * total  # the kernel's deviations are from the rounded mean
+    scale = _scale(numbers[2], saved.weight).to(torch.float64)  # rounded as the kernel's
+    _, rest, inverse = numbers.to(torch.float64).unbind()
+    lost = torch.where(rest == 0, 0, rest / inverse)
+    product = product - lost * total  # the kernel's deviations are from the rounded mean
     of_statistics = _all_ranks(total, product, scale, inverse, group) / saved.count
     # The sums that the kernel would have needed of a single process for these gradients; its divisor is 1, then.
     factors = torch.stack([-of_statistics[0] / scale, -2 * of_statistics[1] / (scale * inverse.square())])
     factors = torch.where(scale == 0, 0, factors)
-    one, two = factors[0], factors[1] + rest * factors[0]
+    one, two = factors[0], factors[1] + lost * factors[0]
     of_x, of_residual, _, _ = kernel.backward(*given, sums=torch.stack([one, two]), count=1.0, residual_needed=needs[3])
     # A weight of zero stops this rank's gradient, not what the others have given it another weight for.
     odd = (scale == 0) & (of_statistics != 0).any(0)

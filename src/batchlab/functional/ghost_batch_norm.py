@@ -9,7 +9,7 @@ from torch import Tensor
 
 from batchlab.functional.batch_norm import batch_norm
 from batchlab.functional.batch_norm_checks import check_input, check_running, check_sample_count
-from batchlab.functional.batch_norm_fused import normalize_fused
+from batchlab.functional.batch_norm_fused import normalize_and_measure
 from batchlab.functional.batch_norm_training import choose_backend, normalize_batch, samples_per_channel
 from batchlab.functional.running_statistics import check_momentum, check_nonfinite, update_in_place
 from batchlab.reference.batch_norm import Moments, center, unbiased_variance
@@ -53,8 +53,8 @@ def _normalize(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | Non
     # Offset and remainder of the mean apart keep the digits of their differences.
     backend = choose_backend("auto", x, None, None)
     if backend == "fused":
-        y, numbers = normalize_fused(folded, weight, bias, eps, None, None)
-        offset, mean, m2 = numbers[0], numbers[1], numbers[5] * size
+        y, offset, mean, var = normalize_and_measure(folded, weight, bias, eps)
+        m2 = var * (size - 1)
     else:
         shifted, offset = center(folded)  # here, for the offset, and not by the backend
         y, mean, var, _ = normalize_batch(

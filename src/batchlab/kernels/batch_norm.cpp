@@ -1,9 +1,10 @@
 // Batch norm, its residual and its activation, forward and backward, in two passes over memory each.
 //
 // Statistics are sums around a pivot near the mean, float in lanes over few numbers and double beyond, so that a mean
-// of 10^4 standard deviations costs no digits. Saved for the backward pass are the input and six numbers a channel: what
-// went into the activation is computed again, in the pass that reads the input anyway. Behind a residual that would take
-// a second tensor: of a ReLU a bit a number is kept instead (batch_norm_relu_mask.hpp).
+// of 10^4 standard deviations costs no digits. Saved for the backward pass are the input, weight, bias and three numbers
+// a channel, as many bytes as torch's batch norm alone saves: what went into the activation is computed again, in the
+// pass that reads the input anyway. Behind a residual that would take a second tensor: of a ReLU a bit a number is kept
+// instead (batch_norm_relu_mask.hpp).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -34,8 +35,13 @@ int64_t bytes_of_mask(const Tensor& x) {
 }
 
 template <class A>
-ChannelNumbers<A> numbers_in(Tensor& saved, int64_t channels) {
-  return {static_cast<A*>(saved.mutable_data_ptr()), channels};
+ChannelNumbers<A> numbers_in(Tensor& saved, const Scratch<A>& found) {
+  return {static_cast<A*>(saved.mutable_data_ptr()), found + 0, saved.size(1)};
+}
+
+template <class A>
+Parameters<A> parameters_of(const Optional& weight, const Optional& bias, double eps = 0) {
+  return {data_or_null<A>(weight), data_or_null<A>(bias), eps};
 }
 
 // Of a ReLU with a residual: what `empty_relu_mask` made for such an input, and `forward` filled in.
@@ -79,15 +85,15 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Optional weight, Optional bias, Opt
   with_type(x, [&](auto type) {
     using T = decltype(type);
     using A = typename Computed<T>::type;
-    const auto numbers = numbers_in<A>(saved, channels);
+    const Scratch<A> found(4 * channels);
+    const auto numbers = numbers_in(saved, found);
     if (x.numel() == 0) {
       std::fill_n(numbers[0], kSaved * channels, A(0));
       return;
     }
-    normalize<T, A>(x, other, y, {data_or_null<A>(weight), data_or_null<A>(bias), eps}, numbers,
-                    mask_in<A>(mask), activation);
+    normalize<T, A>(x, other, y, parameters_of<A>(weight, bias, eps), numbers, mask_in<A>(mask), activation);
     if (count < 2) return;
-    move<A>(running_mean, channels, momentum, numbers[kMean], 1.0, numbers[kRest]);
+    move<A>(running_mean, channels, momentum, numbers[kMean], 1.0, numbers[kLost]);
     move<A>(running_var, channels, momentum, numbers[kVariance], static_cast<double>(count) / (count - 1), nullptr);
   });
   if (batches && count >= 2) ++*static_cast<int64_t*>(batches->mutable_data_ptr());
@@ -108,13 +114,14 @@ std::tuple<Tensor, Tensor> evaluate(Tensor x, Tensor mean, Tensor variance, Opti
   with_type(x, [&](auto type) {
     using T = decltype(type);
     using A = typename Computed<T>::type;
-    const Parameters<A> parameters{data_or_null<A>(weight), data_or_null<A>(bias), eps};
-    const auto numbers = numbers_in<A>(saved, channels);
+    const Scratch<A> found(4 * channels);
+    const auto numbers = numbers_in(saved, found);
     Scratch<double> given(3 * channels);
     copy_numbers(mean, given + 0);
     std::fill_n(given + channels, channels, 0.0);
     copy_numbers(variance, given + 2 * channels);
-    parameters.prepare(numbers, 0, channels, given + 0, given + channels, given + 2 * channels);
+    parameters_of<A>(weight, bias, eps)
+        .prepare(numbers, 0, channels, given + 0, given + channels, given + 2 * channels);
     if (x.numel() > 0) normalize_given<T, A>(x, other, y, numbers, mask_in<A>(mask), activation);
   });
   return {y, saved};
@@ -147,22 +154,41 @@ Tensor moments(Tensor x) {
 // What the backward operations are given; alike in both.
 struct Given {
   Tensor gradient;
-  Optional output, residual, mask;
-  Given(const Tensor& x, const Tensor& gradient_, const Optional& output_, const Optional& residual_,
-        const Tensor& saved, const Optional& mask_, int64_t activation)
+  Optional weight, bias, output, residual;
+  Tensor saved;
+  Optional mask;
+  Given(const Tensor& x, const Tensor& gradient_, const Optional& weight_, const Optional& bias_,
+        const Optional& output_, const Optional& residual_, const Tensor& saved_, const Optional& mask_,
+        int64_t activation)
       : gradient(aligned(x, gradient_, "gradient")),
+        weight(weight_),
+        bias(bias_),
         output(aligned(x, output_, "output")),
         residual(aligned(x, residual_, "residual")),
+        saved(saved_),
         mask(mask_) {
+    check_parameters(x, weight, bias);
     check_mask(x, mask, activation);
     check_numbers(saved, kSaved, x.size(1), is_wide(x), "saved");
+  }
+
+  // f(the problem): the numbers that were saved, and what the forward pass found from them.
+  template <class T, class F>
+  void with_problem(const Tensor& x, int64_t activation, F&& f) const {
+    using A = typename Computed<T>::type;
+    const int64_t channels = x.size(1);
+    const Scratch<A> found(2 * channels);
+    const ChannelNumbers<A> numbers{const_cast<A*>(static_cast<const A*>(saved.const_data_ptr())), found + 0, channels};
+    parameters_of<A>(weight, bias).scale_and_shift(numbers, 0, channels);
+    batchlab::with_problem<T>(x, gradient, output, residual, mask, numbers, activation, f);
   }
 };
 
 // Σ g and Σ g (x - mean) of each channel, (2, channels) in float64; g: the gradient in front of the activation.
-Tensor gradient_sums(Tensor gradient, Tensor x, Optional output, Optional residual, Tensor saved, int64_t activation) {
+Tensor gradient_sums(Tensor gradient, Tensor x, Optional weight, Optional bias, Optional output, Optional residual,
+                     Tensor saved, int64_t activation) {
   check_layout(x);
-  const Given given(x, gradient, output, residual, saved, std::nullopt, activation);
+  const Given given(x, gradient, weight, bias, output, residual, saved, std::nullopt, activation);
   const int64_t channels = x.size(1);
   Tensor result = vectors(2, channels, true);
   double* sums = static_cast<double*>(result.mutable_data_ptr());
@@ -171,7 +197,7 @@ Tensor gradient_sums(Tensor gradient, Tensor x, Optional output, Optional residu
   with_type(x, [&](auto type) {
     using T = decltype(type);
     const Layout layout = layout_of<typename Computed<T>::type>(x);
-    with_problem<T>(x, given.gradient, given.output, given.residual, given.mask, saved, activation, [&](const auto& problem) {
+    given.with_problem<T>(x, activation, [&](const auto& problem) {
       const auto summed = [&](int64_t from, int64_t to, const double* one, const double* two) {
         std::copy(one, one + (to - from), sums + from);
         std::copy(two, two + (to - from), sums + channels + from);
@@ -185,11 +211,12 @@ Tensor gradient_sums(Tensor gradient, Tensor x, Optional output, Optional residu
 // Gradients of input, residual (empty where it is not needed, or is `gradient` itself), weight and bias. The means are
 // over `count` values: 0 for this input's own, infinity where the statistics were given. `sums` are those over all
 // ranks, where there are several; those of weight and bias are then left to the caller.
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor gradient, Tensor x, Optional output, Optional residual,
-                                                    Tensor saved, Optional sums, double count, int64_t activation,
-                                                    bool residual_needed, Optional mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor gradient, Tensor x, Optional weight, Optional bias,
+                                                    Optional output, Optional residual, Tensor saved, Optional sums,
+                                                    double count, int64_t activation, bool residual_needed,
+                                                    Optional mask) {
   check_layout(x);
-  const Given given(x, gradient, output, residual, saved, mask, activation);
+  const Given given(x, gradient, weight, bias, output, residual, saved, mask, activation);
   const int64_t channels = x.size(1);
   if (sums) check_numbers(*sums, 2, channels, true, "sums");
   Tensor input_gradient = empty_as(x);
@@ -209,10 +236,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor gradient, Tensor x, O
     Layout layout = layout_of<A>(x);
     if (given.output || given.residual || given.mask) layout.use_with_residual();
     Scratch<A> factors(2 * channels);
-    with_problem<T>(x, given.gradient, given.output, given.residual, given.mask, saved, activation, [&](auto problem) {
+    given.with_problem<T>(x, activation, [&](auto problem) {
       problem.input_gradient = static_cast<T*>(input_gradient.mutable_data_ptr());
       problem.residual_gradient = own ? static_cast<T*>(residual_gradient.mutable_data_ptr()) : nullptr;
-      problem.factors = {factors + 0, channels};
+      problem.factors = {factors + 0, nullptr, channels};
       problem.count = count == 0 ? static_cast<double>(layout.count) : count;
       const auto summed = [&](int64_t from, int64_t to, const double* one, const double* two) {
         problem.prepare(from, to, one, two, of_weight, of_bias);
@@ -263,11 +290,12 @@ STABLE_TORCH_LIBRARY(batchlab_batch_norm, m) {
       "int activation, Tensor(a!)? relu_mask=None) -> (Tensor, Tensor)");
   m.def("moments(Tensor x) -> Tensor");
   m.def(
-      "gradient_sums(Tensor gradient, Tensor x, Tensor? output, Tensor? residual, Tensor saved, int activation) -> "
-      "Tensor");
+      "gradient_sums(Tensor gradient, Tensor x, Tensor? weight, Tensor? bias, Tensor? output, Tensor? residual, "
+      "Tensor saved, int activation) -> Tensor");
   m.def(
-      "backward(Tensor gradient, Tensor x, Tensor? output, Tensor? residual, Tensor saved, Tensor? sums, float count, "
-      "int activation, bool residual_needed, Tensor? relu_mask=None) -> (Tensor, Tensor, Tensor, Tensor)");
+      "backward(Tensor gradient, Tensor x, Tensor? weight, Tensor? bias, Tensor? output, Tensor? residual, "
+      "Tensor saved, Tensor? sums, float count, int activation, bool residual_needed, Tensor? relu_mask=None) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
   m.def("empty_relu_mask(Tensor x) -> Tensor");
   m.def("unpack_relu_mask(Tensor relu_mask, Tensor x) -> Tensor");
   m.def("release_memory() -> int");

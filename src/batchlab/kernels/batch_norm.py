@@ -4,8 +4,8 @@ On the CPU in C++; the same operations on the GPU are `batch_norm_cuda`'s, in Tr
 
 Bytes, with s the size of the input: forward reads s, reads it again (from the cache, where a tile of channels fits),
 and writes s; backward reads the gradient and the input, both again, and writes s. The limit is 2 s forward and 3 s
-backward, two and a half copies. Saved are the input and six numbers a channel; where there is a residual and an
-activation also a bit a number (a ReLU or a leaky one), the output (a sigmoid) or the residual (SiLU).
+backward, two and a half copies. Saved are the input, weight, bias and three numbers a channel; where there is a
+residual and an activation also a bit a number (a ReLU or a leaky one), the output (a sigmoid) or the residual (SiLU).
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def forward(
     eps: float,
     activation: int,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and (6, C): mean, what its rounding lost, 1/√(var + eps), scale, shift, biased variance.
+    """The output, and (3, C): mean, what its rounding lost / √(var + eps), 1/√(var + eps).
 
     Running statistics move in place and the number of batches grows by one, where they are given and a channel has two
     values or more. `x` is dense (`is_dense`), `residual` has its shape, dtype and strides; vectors of channels are
@@ -185,17 +185,26 @@ def moments(x: Tensor) -> Tensor:
 
 
 def gradient_sums(
-    gradient: Tensor, x: Tensor, output: Tensor | None, residual: Tensor | None, saved: Tensor, activation: int
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output: Tensor | None,
+    residual: Tensor | None,
+    saved: Tensor,
+    activation: int,
 ) -> Tensor:
     """(2, C) in float64: Σ g and Σ g (x - mean), with g the gradient in front of the activation."""
     return torch.ops.batchlab_batch_norm.gradient_sums.default(  # type: ignore[no-any-return]
-        gradient, x, output, residual, saved, activation
+        gradient, x, weight, bias, output, residual, saved, activation
     )
 
 
 def backward(
     gradient: Tensor,
     x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     output: Tensor | None,
     residual: Tensor | None,
     saved: Tensor,
@@ -215,6 +224,8 @@ def backward(
     Args:
         gradient: of the output.
         x: the input.
+        weight: as `forward` or `evaluate` was given it.
+        bias: likewise.
         output: what the forward pass returned, or None.
         residual: what was added, or None.
         saved: the numbers that `forward` or `evaluate` returned.
@@ -224,7 +235,7 @@ def backward(
         residual_needed: whether the residual's gradient is wanted.
     """
     found: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.batchlab_batch_norm.backward.default(
-        gradient, x, output, residual, saved, sums, count, activation, residual_needed
+        gradient, x, weight, bias, output, residual, saved, sums, count, activation, residual_needed
     )
     return found
 

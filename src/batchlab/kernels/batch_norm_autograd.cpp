@@ -24,8 +24,9 @@ using Forward = std::tuple<Tensor, Tensor>(const Tensor&, const Optional&, const
 using Evaluate = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Optional&,
                                             const Optional&, const Optional&, double, int64_t, const Optional&);
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Optional&,
-                                                            const Optional&, const Tensor&, const Optional&, double,
-                                                            int64_t, bool, const Optional&);
+                                                            const Optional&, const Optional&, const Optional&,
+                                                            const Tensor&, const Optional&, double, int64_t, bool,
+                                                            const Optional&);
 using EmptyMask = Tensor(const Tensor&);
 using UnpackMask = Tensor(const Tensor&, const Tensor&);
 using Differentiable = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Optional&,
@@ -98,14 +99,17 @@ variable_list gradients(AutogradContext* ctx, const variable_list& behind) {
   Tensor found[4];
   if (at::GradMode::is_enabled()) {  // create_graph=True
     // As good as the output, of which only the sign counts.
-    const Optional output = saved[7].defined() ? Optional(unpack_mask_operation().call(saved[7], saved[0].detach())) : given(saved[4]);
-    std::tie(found[0], found[1], found[2], found[3]) =
-        differentiable_operation().call(gradient, saved[0], given(saved[1]), given(saved[2]), output, given(saved[5]), given(saved[6]), ctx->saved_data["eps"].toDouble(), activation);
+    const Optional output = saved[7].defined()
+                                ? Optional(unpack_mask_operation().call(saved[7], saved[0].detach()))
+                                : given(saved[4]);
+    std::tie(found[0], found[1], found[2], found[3]) = differentiable_operation().call(
+        gradient, saved[0], given(saved[1]), given(saved[2]), output, given(saved[5]), given(saved[6]),
+        ctx->saved_data["eps"].toDouble(), activation);
   } else {
     const double count = saved[6].defined() ? std::numeric_limits<double>::infinity() : 0;
-    std::tie(found[0], found[3], found[1], found[2]) =
-        backward_operation().call(gradient, saved[0], given(saved[4]), given(saved[5]), saved[3], std::nullopt, count, activation,
-                      needed[3], given(saved[7]));
+    std::tie(found[0], found[3], found[1], found[2]) = backward_operation().call(
+        gradient, saved[0], given(saved[1]), given(saved[2]), given(saved[4]), given(saved[5]), saved[3], std::nullopt,
+        count, activation, needed[3], given(saved[7]));
     if (activation == 0) found[3] = gradient;
   }
   variable_list result(4);

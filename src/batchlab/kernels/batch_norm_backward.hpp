@@ -41,7 +41,7 @@ struct Backward {
   Gradient<T, Kind, source> before;
   T* input_gradient;
   T* residual_gradient;  // or null
-  ChannelNumbers<A> saved;
+  ChannelNumbers<A> numbers;
   ChannelNumbers<A> factors;  // b and c of InputGradient
   double count;               // of the values that the statistics are of; infinite if these were given
   T* kept = nullptr;          // where the gradient before the activation stays between the passes, if it does
@@ -59,7 +59,9 @@ struct Backward {
     return nullptr;
   }
 
-  Affine<A> affine(int64_t c) const { return {all(saved[kMean][c]), all(saved[kScale][c]), all(saved[kShift][c])}; }
+  Affine<A> affine(int64_t c) const {
+    return {all(numbers[kMean][c]), all(numbers[kScale][c]), all(numbers[kShift][c])};
+  }
 
   bool given() const { return std::isinf(count); }
 
@@ -255,14 +257,14 @@ struct Backward {
   // Σ g and Σ g (x - mean) of channels [from, to), the first at 0, to the factors and to Σ g x̂ and Σ g.
   void prepare(int64_t from, int64_t to, const double* __restrict one, const double* __restrict two,
                A* __restrict of_weight, A* __restrict of_bias) const {
-    const A *__restrict inverse = saved[kInverse] + from, *__restrict rest = saved[kRest] + from;
-    const A* __restrict scale = saved[kScale] + from;
+    const A *__restrict inverse = numbers[kInverse] + from, *__restrict rest = numbers[kRest] + from;
+    const A* __restrict scale = numbers[kScale] + from;
     A *__restrict b = factors[0] + from, *__restrict c = factors[1] + from;
     const double share = given() ? 0 : 1 / count;
     for (int64_t i = 0; i < to - from; ++i) {
-      const double centered = (two[i] - rest[i] * one[i]) * inverse[i], slope = -scale[i] * centered * inverse[i] * share;
+      const double centered = two[i] * inverse[i] - rest[i] * one[i], slope = -scale[i] * centered * inverse[i] * share;
       b[i] = static_cast<A>(slope);
-      c[i] = static_cast<A>(-scale[i] * one[i] * share - slope * rest[i]);
+      c[i] = static_cast<A>(-scale[i] * (one[i] - centered * rest[i]) * share);
       of_weight[from + i] = static_cast<A>(centered);
       of_bias[from + i] = static_cast<A>(one[i]);
     }
@@ -284,7 +286,7 @@ struct GradientColumns {
         data(Problem::kColumnNumbers * padded) {
     if (!layout.rows) return;
     for (int i = 0; const int which : {kMean, kScale, kShift})
-      spread(layout, problem.saved[which], data + padded * i++, 0, layout.channels);
+      spread(layout, problem.numbers[which], data + padded * i++, 0, layout.channels);
   }
   void fill(int64_t from, int64_t to) const {
     for (int which = 0; which < 2; ++which)
@@ -347,18 +349,17 @@ void without_sums(const Layout& layout, const Problem& problem) {
 // a mask, from the output, from the input, or, with a residual that the output does not tell of, from both.
 template <class T, class F>
 void with_problem(const Tensor& x, const Tensor& gradient, const std::optional<Tensor>& output,
-                  const std::optional<Tensor>& residual, const std::optional<Tensor>& mask, const Tensor& saved,
-                  int64_t activation, F&& f) {
+                  const std::optional<Tensor>& residual, const std::optional<Tensor>& mask,
+                  const ChannelNumbers<typename Computed<T>::type>& numbers, int64_t activation, F&& f) {
   using A = typename Computed<T>::type;
   const T* from = static_cast<const T*>(x.const_data_ptr());
   const T* behind = static_cast<const T*>(gradient.const_data_ptr());
-  const ChannelNumbers<A> numbers{const_cast<A*>(static_cast<const A*>(saved.const_data_ptr())), x.size(1)};
   with_activation<T>(activation, [&](auto kind) {
     using Kind = decltype(kind);
     const auto go = [&](auto source, const T* other) {
       constexpr Source s = decltype(source)::value;
       const ReluMask<A> bits{const_cast<uint8_t*>(data_or_null<uint8_t>(mask))};
-      f(Backward<T, Kind, s>{{kind, behind, from, other, bits}, nullptr, nullptr, numbers, {nullptr, x.size(1)}, 0});
+      f(Backward<T, Kind, s>{{kind, behind, from, other, bits}, nullptr, nullptr, numbers, {}, 0});
     };
     if constexpr (!std::is_same_v<Kind, Nothing>)
       if (mask) return go(std::integral_constant<Source, Source::mask>{}, nullptr);

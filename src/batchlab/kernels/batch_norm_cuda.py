@@ -23,7 +23,7 @@ from batchlab.kernels.batch_norm_triton_plan import dense
 __all__ = ["backward", "evaluate", "forward", "gradient_sums", "moments", "register"]
 
 ACTIVATIONS: Final = (None, "relu", "leaky_relu", "silu", "sigmoid")
-ROWS: Final = 6
+ROWS: Final = 3
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -104,8 +104,8 @@ def forward(
     count = x.numel() // x.shape[1]
     moved = (running_mean, running_var, batches) if count >= 2 else (None, None, None)
     correction = count / max(count - 1, 1)
-    saved = triton_kernels.settle(mean, lost, variance, weight, bias, eps, dtype, moved, momentum, correction)
-    return triton_kernels.apply(x, saved, ACTIVATIONS[activation], residual), saved
+    saved = triton_kernels.settle(mean, lost, variance, eps, dtype, moved, momentum, correction)
+    return triton_kernels.apply(x, saved, weight, bias, ACTIVATIONS[activation], residual), saved
 
 
 def evaluate(
@@ -126,8 +126,8 @@ def evaluate(
     _check_channels(x, weight, "weight", dtype)
     _check_channels(x, bias, "bias", dtype)
     _check_like(x, residual, "residual")
-    saved = triton_kernels.settle(mean, None, variance, weight, bias, eps, dtype)
-    return triton_kernels.apply(x, saved, ACTIVATIONS[activation], residual), saved
+    saved = triton_kernels.settle(mean, None, variance, eps, dtype)
+    return triton_kernels.apply(x, saved, weight, bias, ACTIVATIONS[activation], residual), saved
 
 
 def moments(x: Tensor) -> Tensor:
@@ -137,8 +137,18 @@ def moments(x: Tensor) -> Tensor:
     return torch.stack([mean + lost, variance])
 
 
-def _check_backward(gradient: Tensor, x: Tensor, output: Tensor | None, residual: Tensor | None, saved: Tensor) -> None:
+def _check_backward(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output: Tensor | None,
+    residual: Tensor | None,
+    saved: Tensor,
+) -> None:
     _check_input(x)
+    _check_channels(x, weight, "weight", _wide(x))
+    _check_channels(x, bias, "bias", _wide(x))
     _check_like(x, gradient, "gradient")
     _check_like(x, output, "output")
     _check_like(x, residual, "residual")
@@ -146,16 +156,27 @@ def _check_backward(gradient: Tensor, x: Tensor, output: Tensor | None, residual
 
 
 def gradient_sums(
-    gradient: Tensor, x: Tensor, output: Tensor | None, residual: Tensor | None, saved: Tensor, activation: int
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output: Tensor | None,
+    residual: Tensor | None,
+    saved: Tensor,
+    activation: int,
 ) -> Tensor:
     """(2, C) in float64: Σ g and Σ g (x - rounded mean), with g the gradient in front of the activation."""
-    _check_backward(gradient, x, output, residual, saved)
-    return triton_kernels.gradient_sums(gradient, x, saved, ACTIVATIONS[activation], output, residual).double()
+    _check_backward(gradient, x, weight, bias, output, residual, saved)
+    return triton_kernels.gradient_sums(
+        gradient, x, saved, weight, bias, ACTIVATIONS[activation], output, residual
+    ).double()
 
 
 def backward(
     gradient: Tensor,
     x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     output: Tensor | None,
     residual: Tensor | None,
     saved: Tensor,
@@ -165,10 +186,10 @@ def backward(
     residual_needed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, residual, weight and bias; see `batchlab.kernels.batch_norm.backward`."""
-    _check_backward(gradient, x, output, residual, saved)
+    _check_backward(gradient, x, weight, bias, output, residual, saved)
     name = ACTIVATIONS[activation]
     if sums is None:
-        sums = triton_kernels.gradient_sums(gradient, x, saved, name, output, residual)
+        sums = triton_kernels.gradient_sums(gradient, x, saved, weight, bias, name, output, residual)
     else:
         _check_table(x, sums, 2, torch.float64, "sums")
     if x.numel() == 0:
@@ -178,7 +199,7 @@ def backward(
         values = x.numel() // x.shape[1] if count == 0 else count
         of_weight, of_bias, factors = triton_kernels.settle_gradients(sums, saved, values)
     of_x, of_residual = triton_kernels.input_gradient(
-        gradient, x, saved, factors, name, output, residual, want_residual=residual_needed
+        gradient, x, saved, weight, bias, factors, name, output, residual, want_residual=residual_needed
     )
     return of_x, saved.new_empty(0) if of_residual is None else of_residual, of_weight, of_bias
 

@@ -21,7 +21,7 @@ def _alike(x: Tensor) -> Tensor:
 
 
 def _normalized(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return _alike(x), _of_channels(x, 6)
+    return _alike(x), _of_channels(x, 3)
 
 
 def _moments(x: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def _gradient_sums(_gradient: Tensor, x: Tensor, *_: object) -> Tensor:
 
 
 def _gradients(_gradient: Tensor, x: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    activation, residual_needed = others[5:7]  # a mask may follow
+    activation, residual_needed = others[7:9]  # a mask may follow
     own = residual_needed and activation != 0
     of_residual = _alike(x) if own else _of_channels(x).new_empty(0)
     return _alike(x), of_residual, _of_channels(x), _of_channels(x)

@@ -5,14 +5,20 @@
 
 namespace batchlab {
 
-// Numbers of a channel that the backward pass needs: the rows of the tensor `saved`.
-enum Saved { kMean, kRest, kInverse, kScale, kShift, kVariance, kSaved };
+// Numbers of a channel: rows of the tensor `saved`, which the backward pass is given, and what follows from them with
+// weight and bias, which each pass finds for itself (and what the running statistics alone need). What the mean lost by
+// rounding is saved in standard deviations: of numbers that are near the least there are, the rest is less than that.
+enum Number { kMean, kRest, kInverse, kScale, kShift, kVariance, kLost };
+constexpr int kSaved = kInverse + 1;
 
 template <class A>
 struct ChannelNumbers {
-  A* data;
+  A* saved;
+  A* found;  // (2, channels), in the forward pass 4
   int64_t channels;
-  A* operator[](int which) const { return data + which * channels; }
+  A* operator[](int which) const {
+    return which < kSaved ? saved + which * channels : found + (which - kSaved) * channels;
+  }
 };
 
 template <class A>
@@ -21,26 +27,37 @@ struct Parameters {
   const A* bias;
   double eps;
 
+  // Scale and shift of channels [from, to). Forward and backward have to find the same bits, for what a ReLU lets through
+  // is computed twice: of floats the product is exact in double, so that nothing depends on what compilers contract.
+  void scale_and_shift(const ChannelNumbers<A>& numbers, int64_t from, int64_t to) const {
+    const A *__restrict rest = numbers[kRest] + from, *__restrict inverse = numbers[kInverse] + from;
+    A *__restrict scale = numbers[kScale] + from, *__restrict shift = numbers[kShift] + from;
+    const A *__restrict w = weight ? weight + from : nullptr, *__restrict b = bias ? bias + from : nullptr;
+    for (int64_t i = 0; i < to - from; ++i) {
+      const A s = w ? inverse[i] * w[i] : inverse[i];
+      scale[i] = s;
+      // x - mean is exact or nearly so; what the mean has beyond its rounding is taken off behind the scale.
+      shift[i] = static_cast<A>((b ? b[i] : 0) - static_cast<double>(rest[i]) * (w ? w[i] : A(1)));
+    }
+  }
+
   // From mean and variance of channels [from, to), the first at 0, to what is applied, in double.
   void prepare(const ChannelNumbers<A>& numbers, int64_t from, int64_t to, const double* __restrict mean,
                const double* __restrict rest, const double* __restrict variance) const {
     A *__restrict high = numbers[kMean] + from, *__restrict low = numbers[kRest] + from;
-    A *__restrict inverse = numbers[kInverse] + from, *__restrict scale = numbers[kScale] + from;
-    A *__restrict shift = numbers[kShift] + from, *__restrict kept = numbers[kVariance] + from;
-    const A *__restrict w = weight ? weight + from : nullptr, *__restrict b = bias ? bias + from : nullptr;
+    A *__restrict inverse = numbers[kInverse] + from, *__restrict kept = numbers[kVariance] + from;
+    A* __restrict lost = numbers[kLost] + from;
     const double more = eps;
     for (int64_t i = 0; i < to - from; ++i) {
-      const double v = 1 / std::sqrt(variance[i] + more), s = w ? v * w[i] : v;
       const A rounded = static_cast<A>(mean[i]);
-      const double lost = (mean[i] - rounded) + rest[i];
       high[i] = rounded;
-      low[i] = static_cast<A>(lost);
-      inverse[i] = static_cast<A>(v);
-      scale[i] = static_cast<A>(s);
-      // x - high is exact or nearly so; what the mean has beyond `high` is taken off behind the scale.
-      shift[i] = static_cast<A>((b ? b[i] : 0) - lost * s);
+      const double beyond = (mean[i] - rounded) + rest[i], one = 1 / std::sqrt(variance[i] + more);
+      lost[i] = static_cast<A>(beyond);
+      low[i] = static_cast<A>(beyond * one);
+      inverse[i] = static_cast<A>(one);
       kept[i] = static_cast<A>(variance[i]);
     }
+    scale_and_shift(numbers, from, to);
   }
 };
 

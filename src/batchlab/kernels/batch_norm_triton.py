@@ -3,15 +3,15 @@
 A training step is six of them (`batchlab.kernels.batch_norm_cuda` makes operations of these):
 
     statistics = moments(x)                       one reading of x
-    numbers = settle(*statistics, ...)            the table (6, C) that all others read; moves the running statistics
+    numbers = settle(*statistics, ...)            the table (3, C) that all others read; moves the running statistics
     y = apply(x, numbers, ...)                    activation((x - mean) / √(var + eps) · weight + bias + residual)
     sums = gradient_sums(grad, x, numbers, ...)   Σ g and Σ g · (x - mean), g the gradient behind the activation
     settle_gradients(sums, numbers, count)        gradients of weight and bias, and factors for the input's
     input_gradient(grad, x, numbers, factors)     gradients of x and residual
 
-The table's rows are those of the CPU's kernels: the mean, rounded; what its rounding lost; 1/√(var + eps); scale;
-shift; biased variance. Nothing waits for the device and no shape depends on data, so all of it can be captured in a
-CUDA graph, after one call outside (which compiles and tunes).
+The table's rows are those of the CPU's kernels: the mean, rounded; what its rounding lost / √(var + eps); 1/√(var +
+eps). Nothing waits for the device and no shape depends on data, so all of it can be captured in a CUDA graph, after one
+call outside (which compiles and tunes).
 
 Results have the same bits in every run and on every device of a kind: the tiles of a sum, and hence its order, follow
 from the shapes. Only kernels in which each result depends on one position alone are tuned by measuring.
@@ -105,22 +105,18 @@ def settle(
     mean: Tensor,
     lost: Tensor | None,
     variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
     running: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     momentum: float = 0.0,
     correction: float = 1.0,
 ) -> Tensor:
-    """Return the table of numbers (6, C) in `dtype`, and move the running statistics in place, in the same launch.
+    """Return the table of numbers (3, C) in `dtype`, and move the running statistics in place, in the same launch.
 
     Args:
         mean: of each channel, in float32 or float64.
         lost: what its rounding lost, or None.
         variance: biased.
-        weight: scale of each channel; None is 1.
-        bias: shift of each channel; None is 0.
         eps: added to the variance.
         dtype: the results': float32, or float64 for such an x.
         running: mean, variance and number of batches to move, each or none.
@@ -128,18 +124,28 @@ def settle(
         correction: n / (n - 1), of the running variance.
     """
     channels = mean.numel()
-    numbers = mean.new_empty((6, channels), dtype=dtype)
+    numbers = mean.new_empty((3, channels), dtype=dtype)
     if channels == 0:
         return numbers
     with torch.cuda.device_of(mean):
         once.settle[(-(-channels // VECTOR),)](
-            mean, lost, variance, weight, bias, numbers, *running, channels, eps, momentum, correction, BLOCK_C=VECTOR
+            mean, lost, variance, numbers, *running, channels, eps, momentum, correction, BLOCK_C=VECTOR
         )
     return numbers
 
 
-def apply(x: Tensor, numbers: Tensor, activation: str | None, residual: Tensor | None = None) -> Tensor:
-    """Return activation((x - mean) · scale + shift + residual), in the dtype and memory format of x."""
+def apply(
+    x: Tensor,
+    numbers: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Return activation((x - mean) · scale + shift + residual), in the dtype and memory format of x.
+
+    `weight` and `bias` are vectors of channels in the table's dtype; None is 1 and 0.
+    """
     x = dense(x)
     y = torch.empty_like(x)
     if x.numel() == 0:
@@ -151,6 +157,8 @@ def apply(x: Tensor, numbers: Tensor, activation: str | None, residual: Tensor |
             y,
             like(residual, x),
             numbers,
+            weight,
+            bias,
             size=next_power_of_two(x.numel()),
             ACTIVATION=activation,
             **reading.walk,
@@ -171,6 +179,8 @@ def gradient_sums(
     grad: Tensor,
     x: Tensor,
     numbers: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     activation: str | None,
     output: Tensor | None = None,
     residual: Tensor | None = None,
@@ -191,6 +201,8 @@ def gradient_sums(
             x,
             **_deciding(activation, output, residual, x),
             numbers=numbers,
+            weight=weight,
+            bias=bias,
             out=out,
             splits=reading.splits,
             ACTIVATION=activation,
@@ -224,6 +236,8 @@ def input_gradient(
     grad: Tensor,
     x: Tensor,
     numbers: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     factors: Tensor | None,
     activation: str | None,
     output: Tensor | None = None,
@@ -247,6 +261,8 @@ def input_gradient(
             x,
             **_deciding(activation, output, residual, x),
             numbers=numbers,
+            weight=weight,
+            bias=bias,
             factors=factors,
             grad_x=grad_x,
             grad_residual=grad_residual,

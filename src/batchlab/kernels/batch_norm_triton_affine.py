@@ -8,7 +8,7 @@ applied to, is computed again rather than kept: six flops instead of writing and
 import triton
 import triton.language as tl
 
-from batchlab.kernels.batch_norm_triton_tiles import MEAN, SCALE, SHIFT, number, program_range, tile
+from batchlab.kernels.batch_norm_triton_tiles import MEAN, number, program_range, scale_and_shift, tile
 
 __all__ = ["apply", "gradient_sums", "input_gradient", "merge_sums"]
 
@@ -50,6 +50,8 @@ def apply(
     y,
     residual,
     numbers,
+    weight,
+    bias,
     steps,
     per_program,
     size,  # noqa: ARG001  # read by the tuner alone
@@ -64,8 +66,7 @@ def apply(
     block, _, begin, end = program_range(steps, per_program, channels, BLOCK_C)
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     mean = number(numbers, MEAN, c, channels)
-    scale = number(numbers, SCALE, c, channels)
-    shift = number(numbers, SHIFT, c, channels)
+    scale, shift = scale_and_shift(numbers, weight, bias, c, channels)
     for step in range(begin, end):
         offsets, valid = tile(step, block, channels, plane, ROWS, BLOCK_C, BLOCK_S)
         value = tl.load(x + offsets, mask=valid, other=0).to(mean.dtype)
@@ -98,6 +99,8 @@ def gradient_sums(
     output,
     residual,
     numbers,
+    weight,
+    bias,
     out,
     steps,
     per_program,
@@ -113,8 +116,7 @@ def gradient_sums(
     block, split, begin, end = program_range(steps, per_program, channels, BLOCK_C)
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     mean = number(numbers, MEAN, c, channels)
-    scale = number(numbers, SCALE, c, channels)
-    shift = number(numbers, SHIFT, c, channels)
+    scale, shift = scale_and_shift(numbers, weight, bias, c, channels)
     total = tl.zeros([BLOCK_C, BLOCK_S], dtype=mean.dtype)
     products = tl.zeros([BLOCK_C, BLOCK_S], dtype=mean.dtype)
     for step in range(begin, end):
@@ -149,6 +151,8 @@ def input_gradient(
     output,
     residual,
     numbers,
+    weight,
+    bias,
     factors,
     grad_x,
     grad_residual,
@@ -169,8 +173,7 @@ def input_gradient(
     block, _, begin, end = program_range(steps, per_program, channels, BLOCK_C)
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     mean = number(numbers, MEAN, c, channels)
-    scale = number(numbers, SCALE, c, channels)
-    shift = number(numbers, SHIFT, c, channels)
+    scale, shift = scale_and_shift(numbers, weight, bias, c, channels)
     if factors is not None:
         slope = number(factors, 0, c, channels)
         level = number(factors, 1, c, channels)

@@ -7,7 +7,7 @@ of numbers where a tensor has millions, so that their time is a launch's even wh
 import triton
 import triton.language as tl
 
-from batchlab.kernels.batch_norm_triton_tiles import INVERSE, MEAN, REST, SCALE, SHIFT, VARIANCE, inverse_root, number
+from batchlab.kernels.batch_norm_triton_tiles import INVERSE, MEAN, REST, inverse_root, number
 
 __all__ = ["settle", "settle_gradients"]
 
@@ -30,8 +30,6 @@ def settle(
     mean,
     lost,
     variance,
-    weight,
-    bias,
     numbers,
     running_mean,
     running_var,
@@ -42,7 +40,7 @@ def settle(
     correction: tl.float64,
     BLOCK_C: tl.constexpr,
 ):
-    """Store the table `numbers` (6, C), and move the running statistics and the number of batches where they are given.
+    """Store the table `numbers` (3, C), and move the running statistics and the number of batches where they are given.
 
     The mean is in one part or two (what its rounding `lost`); `correction` makes the variance unbiased.
     """
@@ -61,22 +59,11 @@ def settle(
         if tl.program_id(0) == 0:
             tl.store(batches, tl.load(batches) + 1)
 
-    inverse = inverse_root(spread + eps)
-    scale = inverse
-    if weight is not None:
-        scale = inverse * tl.load(weight + c, mask=valid, other=0).to(tl.float64)
-    # x minus the rounded mean is exact or nearly so; what the mean has beyond it is taken off behind the scale.
     high = average.to(numbers.dtype.element_ty)
-    low = (average - high.to(tl.float64)) + rest
-    shift = -low * scale
-    if bias is not None:
-        shift += tl.load(bias + c, mask=valid, other=0).to(tl.float64)
+    inverse = inverse_root(spread + eps)
     _store(numbers, MEAN, high, c, channels)
-    _store(numbers, REST, low, c, channels)
+    _store(numbers, REST, ((average - high.to(tl.float64)) + rest) * inverse, c, channels)
     _store(numbers, INVERSE, inverse, c, channels)
-    _store(numbers, SCALE, scale, c, channels)
-    _store(numbers, SHIFT, shift, c, channels)
-    _store(numbers, VARIANCE, spread, c, channels)
 
 
 @triton.jit(do_not_specialize=["channels"])
@@ -91,10 +78,9 @@ def settle_gradients(sums, numbers, of_weight, of_bias, factors, channels, count
     two = tl.load(sums + channels + c, mask=valid, other=0).to(tl.float64)
     rest = number(numbers, REST, c, channels).to(tl.float64)
     inverse = number(numbers, INVERSE, c, channels).to(tl.float64)
-    normalized = (two - rest * one) * inverse
+    normalized = two * inverse - rest * one
     tl.store(of_weight + c, normalized.to(of_weight.dtype.element_ty), mask=valid)
     tl.store(of_bias + c, one.to(of_bias.dtype.element_ty), mask=valid)
     if factors is not None:
-        slope = normalized * inverse / count
-        _store(factors, 0, slope, c, channels)
-        _store(factors, 1, one / count - rest * slope, c, channels)
+        _store(factors, 0, normalized * inverse / count, c, channels)
+        _store(factors, 1, (one - rest * normalized) / count, c, channels)

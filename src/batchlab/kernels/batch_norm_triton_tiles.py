@@ -12,30 +12,43 @@ __all__ = [
     "INVERSE",
     "MEAN",
     "REST",
-    "SCALE",
-    "SHIFT",
-    "VARIANCE",
     "divide",
     "inverse_root",
     "number",
     "positions_before",
     "program_range",
+    "scale_and_shift",
     "tile",
 ]
 
-# Rows of the table of numbers (6, C) that the forward pass leaves to the backward pass, as the CPU's kernels do.
+# Rows of the table of numbers (3, C) that the forward pass leaves to the backward pass, as the CPU's kernels do.
 MEAN = tl.constexpr(0)
-REST = tl.constexpr(1)  # of the mean: what its rounding lost
+REST = tl.constexpr(1)  # what the mean's rounding lost, in standard deviations: it may be less than the least float
 INVERSE = tl.constexpr(2)  # 1 / √(variance + eps)
-SCALE = tl.constexpr(3)  # weight times the former
-SHIFT = tl.constexpr(4)  # bias - rest · scale
-VARIANCE = tl.constexpr(5)  # biased
 
 
 @triton.jit
 def number(numbers, row: tl.constexpr, c, channels):
     """The channels `c` of a row of the table; 0 where there is no channel."""
     return tl.load(numbers + row * channels + c, mask=c < channels, other=0)
+
+
+@triton.jit
+def scale_and_shift(numbers, weight, bias, c, channels):
+    """What (x - rounded mean) is multiplied by, and what is added to it then.
+
+    Each pass finds them for itself, in the same way, as what a ReLU lets through is computed twice.
+    """
+    scale = number(numbers, INVERSE, c, channels)
+    # x minus the rounded mean is exact or nearly so; what the mean has beyond it is taken off behind the scale.
+    shift = -number(numbers, REST, c, channels).to(tl.float64)
+    if weight is not None:
+        factor = tl.load(weight + c, mask=c < channels, other=0)
+        scale *= factor
+        shift *= factor.to(tl.float64)
+    if bias is not None:
+        shift += tl.load(bias + c, mask=c < channels, other=0).to(tl.float64)
+    return scale, shift.to(scale.dtype)
 
 
 @triton.jit
